@@ -1,0 +1,256 @@
+"""Processor of Molmo: image tokens and prompt in one sequence; and a word-level tokenizer for small Molmos."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
+
+from .image_processing_molmo import MolmoImageProcessor
+
+
+IMAGE_START_TOKEN = "<im_start>"
+IMAGE_END_TOKEN = "<im_end>"
+IMAGE_PATCH_TOKEN = "<im_patch>"
+IMAGE_COLUMN_TOKEN = "<im_col>"
+IMAGE_PROMPT_TOKEN = "<|image|>"
+
+IMAGE_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_COLUMN_TOKEN, IMAGE_PROMPT_TOKEN)
+"""Names of the tokens of the additional vocabulary. Their ids differ between checkpoints."""
+
+
+class MolmoProcessor(ProcessorMixin):
+    r"""
+    Puts an image and a question into the sequence that Molmo reads: the beginning-of-sequence token, the tokens that
+    stand for the image (global view, then the tiled image), the prompt.
+
+    Args:
+        image_processor ([`MolmoImageProcessor`]):
+            Cuts images into views.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A tokenizer that knows `<im_start>`, `<im_end>`, `<im_patch>` and `<im_col>` by name, a padding token, and
+            a beginning-of-sequence or an end-of-sequence token (which then begins the sequence, as published).
+
+    Raises:
+        ValueError: If the tokenizer lacks one of these tokens.
+
+    Example:
+
+    ```python
+    >>> inputs = processor(images=image, text="What color is the star?", tier="low")
+    >>> model.generate(**inputs, max_new_tokens=8)
+    ```
+    """
+
+    def __init__(self, image_processor: MolmoImageProcessor, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(image_processor, tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in IMAGE_TOKENS[:4] if token not in vocabulary]
+        if missing:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: add them as special tokens.")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token: set `tokenizer.pad_token`.")
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has neither a `bos_token` nor an `eos_token` to begin a sequence with.")
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+    @property
+    def bos_token_id(self) -> int:
+        """Id of the token that begins every sequence."""
+        if self.tokenizer.bos_token_id is not None:
+            return self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id
+
+    @staticmethod
+    def format_prompt(question: str, style: str = "vqa2") -> str:
+        """
+        The prompt of a question, in the published role format with a leading space.
+
+        Args:
+            question (`str`):
+                The bare question.
+            style (`str`, *optional*, defaults to `"vqa2"`):
+                Name of the answer style that the checkpoint was trained with.
+
+        Example:
+
+        ```python
+        >>> processor.format_prompt("Is there a star?")
+        ' User: vqa2: Is there a star? Assistant:'
+        ```
+        """
+        return f" User: {style}: {question} Assistant:"
+
+    def image_layout_ids(self, tiling: Sequence[int]) -> list[int]:
+        """
+        Ids of the tokens that stand for an image.
+
+        Args:
+            tiling (`Sequence[int]`):
+                Rows and columns of crops.
+
+        Returns:
+            `list[int]`: For the global view, then for the tiled image: start, patches with a column token after each
+            row, end.
+        """
+        start, end, patch, column = self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS[:4]))
+        grids = self.image_processor.token_grids(tiling)
+        return list(
+            chain.from_iterable([start, *([patch] * columns + [column]) * rows, end] for rows, columns in grids)
+        )
+
+    def count_vision_tokens(
+        self,
+        height: int,
+        width: int,
+        max_crops: int | None = None,
+        tier: str | None = None,
+        tier_crops: Mapping[str, Sequence[int]] | None = None,
+    ) -> int:
+        """
+        Tokens that will stand for an image, start, column and end tokens included, from its size alone.
+
+        Args:
+            height (`int`):
+                Height of the image in pixels.
+            width (`int`):
+                Width of the image in pixels.
+            max_crops (`int`, *optional*, defaults to the checkpoint's `max_crops`):
+                Most crops, where no tier is given.
+            tier (`str`, *optional*):
+                Tier of the image.
+            tier_crops (`dict[str, tuple[int, int]]`, *optional*, defaults to `DEFAULT_TIER_CROPS`):
+                Crop range of each tier.
+
+        Raises:
+            ValueError: If the size is zero, or a tier or `max_crops` is not allowed.
+        """
+        tiling = self.image_processor.choose_tiling(height, width, max_crops, tier, tier_crops)
+        return self.image_processor.count_image_tokens(tiling)
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        style: str | Sequence[str] = "vqa2",
+        max_crops: int | None = None,
+        tier: str | Sequence[str] | None = None,
+        tier_crops: Mapping[str, Sequence[int]] | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """
+        Inputs of the model for a batch of questions, each about one image or all without images.
+
+        Args:
+            images (`PIL.Image.Image` or `Sequence[PIL.Image.Image]`, *optional*):
+                One image per question.
+            text (`str` or `Sequence[str]`):
+                The bare questions.
+            style (`str` or `Sequence[str]`, *optional*, defaults to `"vqa2"`):
+                Answer style of all questions, or of each.
+            max_crops (`int`, *optional*, defaults to the checkpoint's `max_crops`):
+                Most crops of an image; the tiling is chosen as in the published preprocessing.
+            tier (`str` or `Sequence[str]`, *optional*):
+                Tier of all images, or of each.
+            tier_crops (`dict[str, tuple[int, int]]`, *optional*, defaults to `DEFAULT_TIER_CROPS`):
+                Crop range of each tier.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                `"pt"` for PyTorch tensors or `"np"` for NumPy arrays.
+
+        Returns:
+            [`~transformers.BatchFeature`] with
+            - `input_ids` and `attention_mask` (questions, length), int64, padded on the left;
+            - and with images `pixel_values` (questions, views, patches, 3 · patch²), `image_masks` (questions, views,
+              patches) and `image_input_idx` (questions, views, tokens of a view), as [`MolmoImageProcessor`] describes
+              them, the last one counted from the beginning of the padded sequence.
+
+        Raises:
+            ValueError: If there is no question, the numbers of questions, images, styles and tiers differ, or an image,
+                a tier or `max_crops` is not allowed.
+        """
+        if text is None or (not isinstance(text, str) and len(text) == 0):
+            raise ValueError("`text` is empty: give at least one question.")
+        questions = [text] if isinstance(text, str) else list(text)
+        for index, question in enumerate(questions):
+            if not isinstance(question, str):
+                raise ValueError(f"question {index} of the batch is a {type(question).__name__}, not a string.")
+        styles = [style] * len(questions) if isinstance(style, str) else list(style)
+        if len(styles) != len(questions):
+            raise ValueError(
+                f"{len(styles)} styles are given for {len(questions)} questions: give one style, or one per question."
+            )
+        prompts = [self.format_prompt(*prompt) for prompt in zip(questions, styles, strict=True)]
+        prompt_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+
+        image_features: dict = {}
+        image_ids: list[list[int]] = [[] for _ in questions]
+        if images is not None:
+            images = [images] if isinstance(images, Image.Image) else list(images)
+            if len(images) != len(questions):
+                raise ValueError(
+                    f"{len(images)} images are given for {len(questions)} questions: give one image per question."
+                )
+            image_features = dict(self.image_processor(images, max_crops=max_crops, tier=tier, tier_crops=tier_crops))
+            image_ids = [self.image_layout_ids(tiling) for tiling in image_features.pop("tilings").tolist()]
+
+        sequences = [[self.bos_token_id, *image, *prompt] for image, prompt in zip(image_ids, prompt_ids, strict=True)]
+        batch = self.tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
+        data = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **image_features}
+        if images is not None:
+            # The image's first token stands behind the padding and the beginning-of-sequence token.
+            first = (batch["attention_mask"] == 0).sum(dim=1)[:, None, None] + 1
+            positions = data["image_input_idx"]
+            data["image_input_idx"] = positions.where(positions < 0, positions + first)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def build_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """
+    Word-level tokenizer of a small Molmo: lower-cases, splits at white space and around every punctuation mark.
+
+    Ids are: `<|endoftext|>` 0 (begins and ends sequences), `<pad>` 1, `<unk>` 2, the words of the prompt format and
+    `words` from 3, and after all of these the image tokens, since Molmo embeds them in a table of their own: the base
+    vocabulary's size is the id of `<im_start>`.
+
+    Args:
+        words (`Sequence[str]`):
+            Words and punctuation marks. Repetitions are ignored.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: decodes to words with single spaces between them.
+
+    Raises:
+        ValueError: If an entry is not a single word or mark, so that no text could ever be encoded to it.
+    """
+    normalizer = normalizers.Lowercase()
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+
+    def split(text: str) -> list[str]:
+        return [piece for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+
+    several = [word for word in words if len(split(word)) != 1]
+    if several:
+        raise ValueError(f"`words` has the entries {several[:5]}, which are not single words: split them first.")
+    control_tokens = ["<|endoftext|>", "<pad>", "<unk>"]
+    prompt_words = split(MolmoProcessor.format_prompt(question=""))
+    base_tokens = dict.fromkeys([*control_tokens, *prompt_words, *chain.from_iterable(map(split, words))])
+    tokenizer = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(base_tokens)}, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=list(IMAGE_TOKENS),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
