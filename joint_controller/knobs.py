@@ -186,7 +186,10 @@ class KnobSpace:
         expected = {"tier_crops", "top_k", "num_blocks"}
         if set(values) != expected:
             raise ValueError(f"a knob space has the keys {sorted(expected)}, got {sorted(values)}.")
-        return cls(**values)
+        # Configurations are written with sorted keys ("high" before "low"), so a dictionary's order means nothing here.
+        crops = values["tier_crops"]
+        tiers = [tier for tier in TIERS if tier in crops] + [tier for tier in crops if tier not in TIERS]
+        return cls({tier: crops[tier] for tier in tiers}, values["top_k"], values["num_blocks"])
 
     @classmethod
     def from_executor_config(
