@@ -1,0 +1,22 @@
+"""What a request costs: profiling the executor, and an estimator fitted to the measurements."""
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
+from .fitting import fit_latency_estimator, format_model_card
+from .modeling_latency_estimator import LatencyEstimatorModel, LatencyEstimatorOutput
+from .profile_table import load_profile
+
+
+AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
+AutoModel.register(LatencyEstimatorConfig, LatencyEstimatorModel)
+
+__all__ = [
+    "LatencyEstimatorConfig",
+    "LatencyEstimatorModel",
+    "LatencyEstimatorOutput",
+    "executor_shape",
+    "fit_latency_estimator",
+    "format_model_card",
+    "load_profile",
+]

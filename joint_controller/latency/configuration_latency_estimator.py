@@ -1,0 +1,85 @@
+"""Configuration of the latency estimator: what it was fitted on, and how well it does there."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+# The sizes of an executor that its latency depends on. Its weights are not among them: an executor that is trained
+# further keeps its estimator.
+_SHAPE_FIELDS = {
+    "text_config": (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_experts",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "vocab_size",
+    ),
+    "vision_config": (
+        "hidden_size",
+        "image_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "patch_size",
+    ),
+}
+_CONNECTOR_SHAPE_FIELDS = ("pooling_size", "projector_intermediate_size", "vit_layers")
+
+
+def executor_shape(config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    The sizes of an executor that its latency depends on.
+
+    Args:
+        config ([`MolmoConfig`]):
+            Configuration of the executor's model.
+
+    Returns:
+        `dict[str, Any]`: size of each named field, e.g. `{"text_config.hidden_size": 2048, ...}`; JSON-friendly.
+    """
+    shape = {
+        f"{part}.{field}": getattr(getattr(config, part), field)
+        for part, fields in _SHAPE_FIELDS.items()
+        for field in fields
+    }
+    shape.update({field: getattr(config, field) for field in _CONNECTOR_SHAPE_FIELDS})
+    return {field: list(value) if isinstance(value, tuple) else value for field, value in shape.items()}
+
+
+class LatencyEstimatorConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`LatencyEstimatorModel`]. The model has no hyper-parameters; the configuration says where its
+    coefficients come from, so that they are not used for something else.
+
+    Args:
+        fitted_knobs (`dict[str, list]`, *optional*):
+            Values of each knob (`tier`, `top_k`, `num_blocks`) that were measured, cheapest first.
+        fitted_counts (`dict[str, list[int]]`, *optional*):
+            Smallest and largest `num_views`, `vision_tokens` and `text_tokens` that were measured.
+        executor_shape (`dict[str, Any]`, *optional*):
+            Sizes of the measured executor, see [`~latency.executor_shape`].
+        executor_fingerprint (`str`, *optional*):
+            Fingerprint of the measured executor: provenance, not compared.
+        executor_dtype (`str`, *optional*):
+            Data type that the executor computed in, e.g. `"float32"`.
+        device_name (`str`, *optional*):
+            Device that the executor ran on, with the number of threads for a CPU.
+        torch_version (`str`, *optional*):
+            Version of torch that it was measured with.
+        held_out (`dict[str, Any]`, *optional*):
+            Error on settings and inputs that the fit did not see, see [`~latency.fit_latency_estimator`].
+    """
+
+    model_type = "latency_estimator"
+
+    fitted_knobs: dict[str, list] | None = None
+    fitted_counts: dict[str, list[int]] | None = None
+    executor_shape: dict[str, Any] | None = None
+    executor_fingerprint: str | None = None
+    executor_dtype: str | None = None
+    device_name: str | None = None
+    torch_version: str | None = None
+    held_out: dict[str, Any] | None = None

@@ -1,0 +1,267 @@
+"""The estimator and its fit, on profiles whose true cost is a formula."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModel
+
+from joint_controller import KnobSetting, KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel, MolmoConfig
+from joint_controller.latency import executor_shape, fit_latency_estimator, format_model_card, load_profile
+from joint_controller.latency.fitting import held_out_folds, nonnegative_least_squares
+from joint_controller.latency.profile_table import PROFILE_FILE
+
+
+SPACE = KnobSpace({"low": (1, 1), "medium": (4, 4), "high": (9, 9)}, top_k=(1, 2, 4, 8), num_blocks=(4, 5, 6, 8))
+VIEWS = {"low": 2, "medium": 5, "high": 10}
+VISION_COEFFICIENTS = (0.4, 1.1)
+LLM_PREFILL_COEFFICIENTS = (0.9, 0.5, 4e-3, 2e-3, 5e-6)
+DECODE_COEFFICIENTS = (0.3, 0.6, 0.05, 2e-4)
+
+
+def true_times(setting, num_views, num_tokens):
+    """What the executor of these tests costs: (vision_ms, llm_prefill_ms, decode_ms_per_token)."""
+    top_k, num_blocks = setting.top_k, setting.num_blocks
+    vision = VISION_COEFFICIENTS[0] + VISION_COEFFICIENTS[1] * num_views
+    constant, per_block, per_token, per_expert, attention = LLM_PREFILL_COEFFICIENTS
+    llm_prefill = constant + num_blocks * (
+        per_block + per_token * num_tokens + per_expert * num_tokens * top_k + attention * num_tokens**2
+    )
+    constant, per_block, per_expert, cache = DECODE_COEFFICIENTS
+    return vision, llm_prefill, constant + num_blocks * (per_block + per_expert * top_k + cache * num_tokens)
+
+
+def make_profile(num_inputs=8, noise=0.02, outliers=0.0, seed=0, space=SPACE):
+    """A profile whose times are `true_times` times a log-normal factor; a share of `outliers` took three times as long."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for setting, number in itertools.product(space, range(num_inputs)):
+        num_views = VIEWS[setting.tier]
+        vision_tokens, text_tokens = 14 * num_views + 5 * (number % 3), 8 + number
+        factors = torch.exp(noise * torch.randn(3, generator=generator))
+        factors = torch.where(torch.rand(3, generator=generator) < outliers, 3 * factors, factors)
+        times = torch.tensor(true_times(setting, num_views, vision_tokens + text_tokens)) * factors
+        rows.append(
+            {
+                "sample_id": f"made/{number}",
+                **setting.to_dict(),
+                "num_views": num_views,
+                "vision_tokens": vision_tokens,
+                "text_tokens": text_tokens,
+                "vision_ms": times[0].item(),
+                "llm_prefill_ms": times[1].item(),
+                "decode_ms_per_token": times[2].item(),
+                "device_name": "test device",
+                "torch_version": "2.11",
+                "executor_dtype": "float32",
+                "executor_fingerprint": "abc",
+                "executor_shape": json.dumps(executor_shape(MolmoConfig())),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_latency_estimator(make_profile())
+
+
+def truth_over_grid():
+    """(arguments of `predict_latency_ms`, true latencies) over the grid, with counts no profile of these tests has."""
+    settings = list(SPACE)
+    counts = {
+        "num_views": [VIEWS[setting.tier] for setting in settings],
+        "vision_tokens": [14 * VIEWS[setting.tier] + 7 for setting in settings],
+        "text_tokens": [21] * len(settings),
+        "output_tokens": [1 + index % 5 for index in range(len(settings))],
+    }
+    expected = []
+    for setting, num_views, vision, text, output in zip(settings, *counts.values(), strict=True):
+        vision_ms, llm_prefill_ms, decode_ms = true_times(setting, num_views, vision + text)
+        expected.append(vision_ms + llm_prefill_ms + decode_ms * (output - 1))
+    return (settings, *counts.values()), torch.tensor(expected)
+
+
+def test_noiseless_profile_gives_back_the_true_coefficients():
+    model, report = fit_latency_estimator(make_profile(noise=0.0))
+    torch.testing.assert_close(model.vision_coefficients, torch.tensor(VISION_COEFFICIENTS), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        model.llm_prefill_coefficients, torch.tensor(LLM_PREFILL_COEFFICIENTS), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(model.decode_coefficients, torch.tensor(DECODE_COEFFICIENTS), rtol=1e-4, atol=0)
+    assert report["prefill"]["mape"] < 1e-5 and report["decode"]["r2"] > 0.9999
+
+
+def test_noisy_profile_predicts_the_truth_within_two_percent(fitted):
+    arguments, expected = truth_over_grid()
+    predicted = fitted[0].predict_latency_ms(*arguments)
+    assert ((predicted - expected).abs() / expected).mean() < 0.02
+
+
+def test_held_out_error_is_about_the_noise(fitted):
+    # The mean absolute value of log-normal noise of 2 % is 2 % * sqrt(2 / pi) = 1.6 %; prefill averages two stages.
+    assert 0.005 < fitted[1]["prefill"]["mape"] < 0.02
+    assert 0.012 < fitted[1]["decode"]["mape"] < 0.022
+    assert fitted[1]["prefill"]["r2"] > 0.98 and fitted[1]["decode"]["mae_ms"] > 0
+    assert fitted[0].config.held_out == fitted[1]
+
+
+def test_disturbed_measurements_do_not_shift_the_fit():
+    arguments, expected = truth_over_grid()
+    model, _ = fit_latency_estimator(make_profile(outliers=0.05))
+    assert ((model.predict_latency_ms(*arguments) - expected).abs() / expected).mean() < 0.02
+
+
+def test_fit_is_deterministic(fitted):
+    again, report = fit_latency_estimator(make_profile())
+    assert report == fitted[1]
+    for name, coefficients in again.named_parameters():
+        assert torch.equal(coefficients, fitted[0].get_parameter(name))
+
+
+def test_estimates_are_positive_and_rise_with_every_knob_and_count(fitted):
+    axes = {
+        "num_views": torch.tensor([1, 2, 3, 5, 10, 16]),
+        "vision_tokens": torch.tensor([1, 12, 44, 80, 134, 2000]),
+        "text_tokens": torch.tensor([1, 2, 9, 40, 500]),
+        "top_k": torch.arange(1, 9),
+        "num_blocks": torch.arange(1, 17),
+    }
+    grid = torch.meshgrid(*axes.values(), indexing="ij")
+    estimate = fitted[0](**dict(zip(axes, grid, strict=True)))
+    for times in (estimate.prefill_ms, estimate.decode_ms_per_token, estimate.vision_ms, estimate.llm_prefill_ms):
+        assert (times > 0).all()
+        for axis in range(len(axes)):
+            assert (times.diff(dim=axis) >= 0).all()
+    # Not constant, so that the above says something.
+    assert (estimate.prefill_ms.diff(dim=3) > 0).all() and (estimate.decode_ms_per_token.diff(dim=4) > 0).all()
+
+
+def test_latency_rises_by_the_decode_time_with_each_output_token(fitted):
+    setting = KnobSetting("low", 2, 5)
+    latencies = fitted[0].predict_latency_ms([setting] * 3, [2] * 3, [40] * 3, [10] * 3, [1, 2, 3])
+    estimate = fitted[0](*(torch.tensor(value) for value in (2, 40, 10, 2, 5)))
+    torch.testing.assert_close(latencies[0], estimate.prefill_ms)
+    torch.testing.assert_close(latencies.diff(), estimate.decode_ms_per_token.expand(2))
+
+
+def test_forward_broadcasts_settings_over_requests(fitted):
+    settings = list(SPACE)
+    top_k = torch.tensor([[setting.top_k] for setting in settings])
+    num_blocks = torch.tensor([[setting.num_blocks] for setting in settings])
+    counts = torch.tensor([2, 5, 10]), torch.tensor([44, 80, 134]), torch.tensor([9, 12, 30])
+    all_settings = fitted[0](*counts, top_k, num_blocks).prefill_ms
+    assert all_settings.shape == (len(settings), 3)
+    one = fitted[0](*(count[1] for count in counts), top_k[7, 0], num_blocks[7, 0]).prefill_ms
+    torch.testing.assert_close(all_settings[7, 1], one)
+
+
+def test_save_and_load_give_the_same_estimates(fitted, tmp_path):
+    model, report = fitted
+    model.save_pretrained(tmp_path)
+    arguments, _ = truth_over_grid()
+    for loaded in (LatencyEstimatorModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert torch.equal(loaded.predict_latency_ms(*arguments), model.predict_latency_ms(*arguments))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, LatencyEstimatorConfig)
+    assert config.held_out == report
+    assert config.fitted_knobs == {
+        "tier": ["low", "medium", "high"],
+        "top_k": [1, 2, 4, 8],
+        "num_blocks": [4, 5, 6, 8],
+    }
+    assert config.fitted_counts["num_views"] == [2, 10]
+    assert (config.device_name, config.executor_dtype, config.executor_fingerprint) == (
+        "test device",
+        "float32",
+        "abc",
+    )
+
+
+def test_card_states_device_and_error(fitted):
+    card = format_model_card(fitted[0])
+    assert "test device" in card and f"{fitted[1]['prefill']['mape']:.1%}" in card
+
+
+def test_folds_share_neither_setting_nor_input():
+    profile = make_profile(num_inputs=5)
+    folds = held_out_folds(profile, num_folds=4, seed=3)
+    assert len(folds) == 4
+    for train, test in folds:
+        for column_group in (("tier", "top_k", "num_blocks"), ("sample_id",)):
+            rows = list(zip(*(profile[column] for column in column_group), strict=True))
+            assert {rows[row] for row in train}.isdisjoint({rows[row] for row in test})
+    tested = [row for _, test in folds for row in test]
+    assert len(tested) == len(set(tested))
+    assert {profile["tier"][row] for row in tested} == {"low", "medium", "high"}
+
+
+def test_nonnegative_least_squares_meets_the_optimality_conditions():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        matrix = torch.rand(12, 4, generator=generator, dtype=torch.float64)
+        target = torch.randn(12, generator=generator, dtype=torch.float64)
+        solution = nonnegative_least_squares(matrix, target)
+        # Karush-Kuhn-Tucker: feasible, no coefficient can rise to advantage, none in use can move to advantage.
+        gradient = matrix.T @ (matrix @ solution - target)
+        assert (solution >= 0).all() and (gradient > -1e-9).all() and (solution * gradient).abs().max() < 1e-9
+
+
+def test_a_knob_with_one_value_can_be_fitted():
+    space = KnobSpace(SPACE.tier_crops, top_k=(4,), num_blocks=SPACE.num_blocks)
+    model, report = fit_latency_estimator(make_profile(space=space))
+    assert report["prefill"]["mape"] < 0.02
+    with pytest.raises(ValueError, match="`top_k` is 8 but the latency estimator was fitted on 4 to 4"):
+        model.predict_latency_ms([KnobSetting("low", 8, 4)], [2], [40], [10], [2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([KnobSetting("low", 2, 9)], [2], [40], [10], [2]), "`num_blocks` is 9 but .* fitted on 4 to 8"),
+        (([KnobSetting("low", 2, 4)], [2, 2], [40], [10], [2]), "`num_views` has the shape .* 1 settings"),
+        (([KnobSetting("low", 2, 4)], [2], [40], [10], [0]), "`output_tokens` holds 0"),
+    ],
+)
+def test_predictions_outside_what_was_measured_are_refused(fitted, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fitted[0].predict_latency_ms(*arguments)
+
+
+def test_an_estimator_that_was_not_fitted_is_refused():
+    with pytest.raises(ValueError, match="not fitted"):
+        LatencyEstimatorModel(LatencyEstimatorConfig()).predict_latency_ms([SPACE.full], [2], [40], [10], [2])
+
+
+def test_an_estimator_of_another_executor_is_refused(fitted):
+    fitted[0].check_executor(MolmoConfig())
+    other = MolmoConfig(projector_intermediate_size=1025)
+    with pytest.raises(ValueError, match="projector_intermediate_size 1024 there, 1025 here"):
+        fitted[0].check_executor(other)
+
+
+def test_profiles_that_cannot_be_fitted_are_refused(tmp_path):
+    profile = make_profile(num_inputs=2)
+    with pytest.raises(ValueError, match=r"lacks the columns \['vision_ms'\]"):
+        fit_latency_estimator(profile.remove_columns("vision_ms"))
+    with pytest.raises(ValueError, match="holds no measurement"):
+        fit_latency_estimator(profile.select([]))
+    mixed = profile.map(lambda row, index: {"executor_fingerprint": "xyz" if index == 3 else "abc"}, with_indices=True)
+    with pytest.raises(ValueError, match="`executor_fingerprint` is 'abc' in some rows and 'xyz' in others"):
+        fit_latency_estimator(mixed)
+    broken = profile.map(lambda row, index: {"decode_ms_per_token": float(index != 5)}, with_indices=True)
+    with pytest.raises(ValueError, match="`decode_ms_per_token` 0.0 in row 5"):
+        fit_latency_estimator(broken)
+    with pytest.raises(ValueError, match=r"1 input\(s\): at least two"):
+        fit_latency_estimator(make_profile(num_inputs=1))
+    with pytest.raises(FileNotFoundError, match="there is no profile at"):
+        load_profile(tmp_path)
+
+
+def test_a_profile_is_read_from_its_folder_or_file(tmp_path):
+    profile = make_profile(num_inputs=2)
+    profile.to_parquet(tmp_path / PROFILE_FILE)
+    for path in (tmp_path, tmp_path / PROFILE_FILE):
+        assert load_profile(path)["llm_prefill_ms"][:] == profile["llm_prefill_ms"][:]
