@@ -1,0 +1,1 @@
+"""Evaluation: the VQA accuracy, baselines and the sweep over budgets."""
