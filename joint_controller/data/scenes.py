@@ -83,7 +83,7 @@ QUESTION_TYPES = tuple(TEMPLATES)
 SIDES = ("left", "right", "top", "bottom")
 
 # Weights with which types are drawn when not all are asked: those that fewer scenes allow weigh more. Fitted on 6,000
-# scenes so that with 4 questions a scene every type is asked about equally often (within a twentieth).
+# scenes so that with 4 questions a scene every type is asked about equally often (within a tenth).
 TYPE_WEIGHTS = {
     "existence": 1.0,
     "color_largest": 1.0,
@@ -406,7 +406,7 @@ def _board_size(text: str, text_height: int) -> tuple[int, int]:
 
 
 def _find_corners(rng: random.Random, boxes: list[tuple[int, int]], image_size: int) -> list[tuple[int, int]] | None:
-    """Upper left corners (left, top) at which the boxes (width, height) do not touch, or None where none were found."""
+    """Upper left corners (left, top) at which boxes (width, height) do not touch, or None where none were found."""
     gap = max(2, image_size // 42)
     corners: dict[int, tuple[int, int]] = {}
     for index in sorted(range(len(boxes)), key=lambda index: -boxes[index][0]):
@@ -636,7 +636,7 @@ def _ask_count_color(rng: random.Random, objects: tuple[SceneObject, ...]) -> As
 
 
 def _ask_extreme(rng: random.Random, objects: tuple[SceneObject, ...], margin: float) -> Asked | None:
-    """Needs depth: all positions are compared. The outermost centre wins by the margin, the next has another colour."""
+    """Needs depth: all positions are compared. The outermost wins by the margin, the next has another colour."""
     candidates = []
     for side in SIDES:
         axis = 0 if side in ("left", "right") else 1
