@@ -91,7 +91,9 @@ class KnobSpace:
         most_so_far = 0
         for tier, crops in tier_crops.items():
             if len(crops) != 2 or not 1 <= crops[0] <= crops[1]:
-                raise ValueError(f"tier '{tier}' has the crop range {list(crops)}: give [fewest, most], 1 or more each.")
+                raise ValueError(
+                    f"tier '{tier}' has the crop range {list(crops)}: give [fewest, most], 1 or more each."
+                )
             if crops[0] <= most_so_far:
                 raise ValueError(
                     f"tier '{tier}' starts at {crops[0]} crops but a cheaper tier already reaches {most_so_far}: "
@@ -220,24 +222,20 @@ class KnobSpace:
         """
         total_blocks = config.text_config.num_hidden_layers
         num_experts = config.text_config.num_experts
-        trained_top_k = config.text_config.num_experts_per_tok
-        if tier_crops is None and config.knob_space is not None:
-            tier_crops = config.knob_space["tier_crops"]
-        elif tier_crops is None:
-            tier_crops = {tier: crops for tier, crops in DEFAULT_TIER_CROPS.items() if crops[0] <= config.max_crops}
-        if top_k is None:
-            top_k = (
-                config.knob_space["top_k"]
-                if config.knob_space is not None
-                else range(max(1, trained_top_k // 2), trained_top_k + 1)
+        if config.knob_space is not None:
+            default = cls.from_dict(config.knob_space)
+        else:
+            most_experts = config.text_config.num_experts_per_tok
+            default = cls(
+                {tier: crops for tier, crops in DEFAULT_TIER_CROPS.items() if crops[0] <= config.max_crops},
+                range(max(1, most_experts // 2), most_experts + 1),
+                range(max(1, total_blocks * 3 // 4), total_blocks + 1),
             )
-        if num_blocks is None:
-            num_blocks = (
-                config.knob_space["num_blocks"]
-                if config.knob_space is not None
-                else range(max(1, total_blocks * 3 // 4), total_blocks + 1)
-            )
-        space = cls(dict(tier_crops), tuple(top_k), tuple(num_blocks))
+        space = cls(
+            default.tier_crops if tier_crops is None else dict(tier_crops),
+            default.top_k if top_k is None else top_k,
+            default.num_blocks if num_blocks is None else num_blocks,
+        )
         if space.top_k[-1] > num_experts:
             raise ValueError(
                 f"knob `top_k` has the value {space.top_k[-1]} but the executor has {num_experts} experts per block: "
