@@ -449,10 +449,9 @@ class MolmoImageProcessor(BaseImageProcessor):
         canvas_size = [count * patch for count in patches]
         # In float32, as in the published code: a size may otherwise come out one pixel larger or smaller.
         size = np.array(image.shape[1:], dtype=np.float32)
+        scale = (np.array(canvas_size, dtype=np.float32) / size).min()
         # A very long image keeps at least one row (column) of pixels.
-        height, width = np.maximum(
-            (size * (np.array(canvas_size, dtype=np.float32) / size).min()).astype(int), 1
-        ).tolist()
+        height, width = np.maximum((size * scale).astype(int), 1).tolist()
         resized = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0].clamp_(0, 1)
         padding = torch.zeros(3)
         if self.do_normalize:
