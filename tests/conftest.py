@@ -62,3 +62,23 @@ def tiny_molmo(tiny_molmo_config):
 
     torch.manual_seed(0)
     return MolmoForConditionalGeneration(tiny_molmo_config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_molmo_config):
+    """Processor for `tiny_molmo`: a word-level tokenizer that fills its base vocabulary, images in up to 9 crops."""
+    from joint_controller import MolmoImageProcessor, MolmoProcessor
+    from joint_controller.molmo import build_word_tokenizer
+
+    words = ["what", "color", "shape", "is", "the", "a", "red", "green", "blue", "star", "circle", "left", "of", "?"]
+    unfilled = build_word_tokenizer(words).convert_tokens_to_ids("<im_start>")
+    fillers = [f"word{index}" for index in range(tiny_molmo_config.text_config.vocab_size - unfilled)]
+    image_processor = MolmoImageProcessor(
+        base_image_input_size=(32, 32),
+        image_patch_size=4,
+        image_token_length_h=4,
+        image_token_length_w=4,
+        max_crops=9,
+        overlap_margins=(2, 0),
+    )
+    return MolmoProcessor(image_processor, build_word_tokenizer([*words, *fillers]))
