@@ -1,6 +1,9 @@
 """Molmo as a native transformers model: configuration, model, image processor, processor, published checkpoints."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+# `transformers.AutoImageProcessor` is a stand-in that refuses every use where torchvision is missing; this is the class.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_molmo import MolmoConfig
 from .conversion_molmo import register_molmo_conversion

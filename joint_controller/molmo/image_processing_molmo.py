@@ -458,6 +458,10 @@ class MolmoImageProcessor(BaseImageProcessor):
             mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
             resized.sub_(mean[:, None, None]).div_(std[:, None, None])
             padding = (padding - mean) / std  # the reference pads with black before it normalises
+            # The model takes a view that holds exactly the value of padded views for one of them, so no pixel may.
+            not_padding = np.nextafter(np.float32(PADDED_VIEW_VALUE), np.float32(0.0)).item()
+            resized.masked_fill_(resized == PADDED_VIEW_VALUE, not_padding)
+            padding.masked_fill_(padding == PADDED_VIEW_VALUE, not_padding)
 
         top, left = (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2
         canvas = padding.repeat(*canvas_size, 1)  # (height, width, 3)

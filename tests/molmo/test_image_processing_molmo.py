@@ -223,6 +223,14 @@ def test_padding_is_black_before_normalisation_and_masked():
     assert (mask[1] == -1).all()
 
 
+def test_no_pixel_has_the_value_of_padded_views():
+    """Mean and std under which black normalises to exactly -1, in the image as in its margins."""
+    outputs = small_processor(image_mean=[1.0] * 3, image_std=[1.0] * 3)(Image.new("RGB", (32, 16)), max_crops=1)
+    pixels = outputs["pixel_values"]
+    assert (pixels != -1).all()
+    torch.testing.assert_close(pixels, torch.full_like(pixels, -1.0))
+
+
 def test_a_line_of_pixels_keeps_one_row():
     outputs = small_processor(do_normalize=False)(Image.new("RGB", (500, 1), "white"), max_crops=1)
     assert outputs["pixel_values"].amax() == 1
