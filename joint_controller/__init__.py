@@ -22,7 +22,21 @@ _SUBMODULE_OF = {
     "MolmoProcessor": ".molmo",
 }
 
-__all__ = ["__version__", *_SUBMODULE_OF]
+__all__ = [
+    "JointControllerConfig",
+    "JointControllerModel",
+    "JointGRPOConfig",
+    "JointGRPOTrainer",
+    "KnobSetting",
+    "KnobSpace",
+    "LatencyEstimatorConfig",
+    "LatencyEstimatorModel",
+    "MolmoConfig",
+    "MolmoForConditionalGeneration",
+    "MolmoImageProcessor",
+    "MolmoProcessor",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from .controller import JointControllerConfig, JointControllerModel
