@@ -4,8 +4,13 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
 from .fitting import fit_latency_estimator, format_model_card
-from .modeling_latency_estimator import LatencyEstimatorModel, LatencyEstimatorOutput
+from .modeling_latency_estimator import (
+    LatencyEstimatorModel,
+    LatencyEstimatorOutput,
+    embedded_latency_estimator_path,
+)
 from .profile_table import load_profile
+from .profiling import profile_executor
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
@@ -15,8 +20,10 @@ __all__ = [
     "LatencyEstimatorConfig",
     "LatencyEstimatorModel",
     "LatencyEstimatorOutput",
+    "embedded_latency_estimator_path",
     "executor_shape",
     "fit_latency_estimator",
     "format_model_card",
     "load_profile",
+    "profile_executor",
 ]

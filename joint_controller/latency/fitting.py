@@ -1,6 +1,5 @@
 """Fits the latency estimator to a profile of the executor, and measures how well it does on what it has not seen."""
 
-import itertools
 import json
 import math
 from typing import Any
@@ -53,15 +52,18 @@ def nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor) -> tor
     best, best_error = torch.zeros(num_columns, dtype=torch.float64), reduced_target.square().sum()
     tolerance = 1e-12 * best_error
     for size in range(1, num_columns + 1):
-        for subset in itertools.combinations(range(num_columns), size):
-            chosen = columns[:, list(subset)]
-            # "gelsd" copes with columns that depend on each other, as when only one value of a knob was measured.
-            solution = torch.linalg.lstsq(chosen, reduced_target, driver="gelsd").solution
-            error = (chosen @ solution - reduced_target).square().sum()
-            if (solution >= 0).all() and error < best_error - tolerance:
-                best_error = error
-                best = torch.zeros(num_columns, dtype=torch.float64)
-                best[list(subset)] = solution
+        subsets = torch.combinations(torch.arange(num_columns), size)  # (subsets, size)
+        chosen = columns[:, subsets].transpose(0, 1)  # (subsets, rows, size)
+        targets = reduced_target.expand(len(subsets), -1)[..., None]
+        # "gelsd" copes with columns that depend on each other, as when only one value of a knob was measured.
+        solutions = torch.linalg.lstsq(chosen, targets, driver="gelsd").solution
+        errors = (chosen @ solutions - targets).square().sum((1, 2))
+        errors[(solutions < 0).any(1)[:, 0]] = math.inf
+        smallest = errors.argmin()
+        if errors[smallest] < best_error - tolerance:
+            best_error = errors[smallest]
+            best = torch.zeros(num_columns, dtype=torch.float64)
+            best[subsets[smallest]] = solutions[smallest, :, 0]
     return best / scale
 
 

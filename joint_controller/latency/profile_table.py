@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pyarrow
 from datasets import Dataset
+from pyarrow import parquet
 
 
 PROFILE_FILE = "profile.parquet"
@@ -28,12 +30,16 @@ def load_profile(path: str | Path) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no profile.
-        ValueError: If it cannot be fitted to, see [`~latency.profile_table.check_profile`].
+        ValueError: If it is not a Parquet file, or cannot be fitted to, see [`~latency.profile_table.check_profile`].
     """
     file = Path(path) / PROFILE_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no profile at '{file}': make one with `joint-controller profile`.")
-    profile = Dataset.from_parquet(str(file))
+    try:
+        # Read as it is: `Dataset.from_parquet` keeps a second copy in a cache and has no word for an empty table.
+        profile = Dataset(parquet.read_table(file))
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"'{file}' is not a Parquet file ({error}): give a profile's folder or file.") from error
     check_profile(profile, name=f"profile '{file}'")
     return profile
 

@@ -110,8 +110,9 @@ def test_held_out_error_is_about_the_noise(fitted):
 
 def test_disturbed_measurements_do_not_shift_the_fit():
     arguments, expected = truth_over_grid()
-    model, _ = fit_latency_estimator(make_profile(outliers=0.05))
-    assert ((model.predict_latency_ms(*arguments) - expected).abs() / expected).mean() < 0.02
+    model, _ = fit_latency_estimator(make_profile(outliers=0.1))
+    # Plain least squares is 2 % off here.
+    assert ((model.predict_latency_ms(*arguments) - expected).abs() / expected).mean() < 0.007
 
 
 def test_fit_is_deterministic(fitted):
