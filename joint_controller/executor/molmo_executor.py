@@ -1,0 +1,656 @@
+"""
+Answers visual questions with a frozen Molmo, each at its own knob setting.
+
+A request passes three stages. *Encode*: the image is cut into the crops of its tier, and tower and connector turn them
+into features; these are kept, since the same image is asked for at many settings. *Prefill*: the prompts of one setting
+run through the active blocks as a left-padded batch. *Decode*: greedily, until every answer has ended.
+"""
+
+import hashlib
+import json
+import re
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import BatchFeature
+
+from ..knobs import KnobSetting, KnobSpace
+from ..molmo import MolmoForConditionalGeneration, MolmoProcessor
+from ..molmo.image_processing_molmo import DROPPED_POSITION
+from ..molmo.processing_molmo import IMAGE_TOKENS
+from .importance import load_importance
+from .requests import ExecutorOutput, ExecutorRequest, StageTimes
+
+
+EMBEDDED = "embedded"
+"""Name that stands for the executor that ships with the package."""
+
+IMPORTANCE_FILE = "importance.json"
+"""Name of the importance scores in a model folder."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """
+    A prompt whose image has been encoded.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(L,)`):
+            Tokens of the prompt, without padding.
+        image_features (`torch.Tensor` of shape `(N, hidden)`):
+            Projected features that enter the sequence; those that overlap and are dropped are not kept.
+        image_input_idx (`torch.LongTensor` of shape `(N,)`):
+            Position of each feature in the prompt.
+        vision_tokens (`int`):
+            As in [`ExecutorOutput`].
+    """
+
+    input_ids: torch.LongTensor
+    image_features: torch.Tensor
+    image_input_idx: torch.LongTensor
+    vision_tokens: int
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.input_ids, self.image_features, self.image_input_idx)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def embedded_executor_path() -> Path:
+    """
+    Folder of the executor that ships with the package.
+
+    Raises:
+        FileNotFoundError: If the installed package has no such folder.
+    """
+    path = Path(__file__).parents[1] / "assets" / "executor"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the embedded executor is missing from '{path}': install the package again, or train it with "
+            "`joint-controller train-executor`."
+        )
+    return path
+
+
+class MolmoExecutor:
+    """
+    A frozen Molmo that answers questions at knob settings.
+
+    Args:
+        model ([`MolmoForConditionalGeneration`]):
+            The model, on its device and in its precision. It is frozen and put into evaluation mode.
+        processor ([`MolmoProcessor`]):
+            Its processor.
+        knob_space ([`KnobSpace`], *optional*):
+            Values of the knobs. Defaults to [`KnobSpace.from_executor_config`] of the model's configuration.
+        importance (`dict[int, float]`, *optional*):
+            Score of each block, higher for blocks that matter more. Blocks without a score always run (tables that come
+            with published checkpoints leave out the first and the last block, which are always kept). By default, blocks
+            are dropped from the end.
+        max_new_tokens (`int`, *optional*, defaults to 16):
+            Most tokens of an answer, the end-of-sequence token included.
+        batch_size (`int`, *optional*, defaults to 32):
+            Most prompts that are answered at once.
+        vision_cache_bytes (`int`, *optional*, defaults to 512 MiB):
+            Memory for encoded images on the model's device; the least recently used go first.
+
+    Raises:
+        ValueError: If the knob space is outside what the model has, the importance scores name a block that it does not
+            have or cannot satisfy a value of `num_blocks`, or a number is not positive.
+
+    Example:
+
+    ```python
+    >>> executor = MolmoExecutor.from_pretrained("embedded")
+    >>> request = ExecutorRequest("example", image, "What color is the circle?", "vqa2", executor.knob_space.full)
+    >>> executor.run([request])[0].answer
+    'red'
+    ```
+    """
+
+    def __init__(
+        self,
+        model: MolmoForConditionalGeneration,
+        processor: MolmoProcessor,
+        knob_space: KnobSpace | None = None,
+        importance: Mapping[int, float] | None = None,
+        max_new_tokens: int = 16,
+        batch_size: int = 32,
+        vision_cache_bytes: int = 512 * 2**20,
+    ):
+        for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}: give 1 or more.")
+        if vision_cache_bytes < 0:
+            raise ValueError(f"`vision_cache_bytes` is {vision_cache_bytes}: give 0 (keep nothing) or more.")
+        if processor.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so no answer would end: set `eos_token`.")
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.vision_cache_bytes = vision_cache_bytes
+        self._encoded: OrderedDict[tuple[str, str], EncodedSample] = OrderedDict()
+        self._encoded_bytes = 0
+        self._block_ranking, self._num_required = self._rank_blocks(importance)
+        self.knob_space = KnobSpace.from_executor_config(model.config) if knob_space is None else knob_space
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        importance: Mapping[int, float] | str | Path | None = None,
+        **kwargs,
+    ) -> "MolmoExecutor":
+        """
+        Loads an executor.
+
+        Args:
+            model_path (`str` or `Path`, *optional*, defaults to `"embedded"`):
+                A model folder, the name of a Hub repository (`org/name`), or `"embedded"` for the executor that ships
+                with the package.
+            device (`str` or `torch.device`, *optional*):
+                Defaults to `"cuda"` where there is one, else `"cpu"`.
+            dtype (`str` or `torch.dtype`, *optional*):
+                Precision. Defaults to bfloat16 on a CUDA device, else float32.
+            importance (`dict[int, float]`, `str` or `Path`, *optional*):
+                Scores of the blocks, or the JSON file that holds them. Defaults to `importance.json` in the model
+                folder, if there is one.
+            kwargs:
+                Further arguments of [`MolmoExecutor`].
+
+        Raises:
+            FileNotFoundError: If the model or the importance file cannot be found.
+            ValueError: If the checkpoint is incomplete, or an argument does not fit it.
+        """
+        folder = _model_folder(model_path)
+        device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if importance is None and (folder / IMPORTANCE_FILE).is_file():
+            importance = folder / IMPORTANCE_FILE
+        if isinstance(importance, str | Path):
+            importance = load_importance(importance)
+        model = MolmoForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
+        return cls(model, MolmoProcessor.from_pretrained(folder), importance=importance, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model: of question features and of vision features."""
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def knob_space(self) -> KnobSpace:
+        """Values of the knobs. May be set: it is checked against the model, and encoded images are dropped."""
+        return self._knob_space
+
+    @knob_space.setter
+    def knob_space(self, knob_space: KnobSpace):
+        knob_space = KnobSpace.from_executor_config(self.model.config, **knob_space.to_dict())
+        if knob_space.num_blocks[0] < self._num_required:
+            required = sorted(self._block_ranking[: self._num_required])
+            raise ValueError(
+                f"the blocks {required} always run (block 0, and blocks without an importance score), so `num_blocks` "
+                f"cannot be {knob_space.num_blocks[0]}: score more blocks, or use values of {len(required)} or more."
+            )
+        self._knob_space = knob_space
+        self._encoded.clear()
+        self._encoded_bytes = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that an outcome depends on but sample and setting: weights, configuration, order of the
+        blocks, crops of the tiers, processor, `max_new_tokens` and precision."""
+        num_blocks = self.model.config.text_config.num_hidden_layers
+        parts = {
+            "model": self._model_digest,
+            "active_blocks": [self.active_blocks(n) for n in range(self._num_required, num_blocks + 1)],
+            "tier_crops": self.knob_space.to_dict()["tier_crops"],
+            "image_processor": self.processor.image_processor.to_dict(),
+            "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
+            "prompt": self.processor.format_prompt("{question}", "{style}"),
+            "max_new_tokens": self.max_new_tokens,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @cached_property
+    def _model_digest(self) -> str:
+        config = _architecture(self.model.config.to_dict())
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _rank_blocks(self, importance: Mapping[int, float] | None) -> tuple[list[int], int]:
+        """Blocks in the order in which they are switched on, and how many of them always run."""
+        num_blocks = self.model.config.text_config.num_hidden_layers
+        if importance is None:
+            return list(range(num_blocks)), 1
+        unknown = sorted(block for block in importance if not 0 <= block < num_blocks)
+        if unknown:
+            raise ValueError(
+                f"the importance scores name the blocks {unknown} but the executor has the blocks 0 to "
+                f"{num_blocks - 1}: use the scores of this checkpoint."
+            )
+        required = [block for block in range(num_blocks) if block == 0 or block not in importance]
+        optional = [block for block in range(num_blocks) if block not in required]
+        optional.sort(key=lambda block: (-importance[block], block))
+        return required + optional, len(required)
+
+    def active_blocks(self, num_blocks: int) -> list[int]:
+        """
+        Blocks that run when `num_blocks` do, ascending: block 0 and those without an importance score, then those with
+        the highest scores (the earlier one on a tie). With no scores at all, the first `num_blocks`.
+
+        Raises:
+            ValueError: If the executor cannot run with that many blocks.
+        """
+        if not self._num_required <= num_blocks <= len(self._block_ranking):
+            raise ValueError(
+                f"`num_blocks` is {num_blocks}, but the executor can run {self._num_required} to "
+                f"{len(self._block_ranking)} blocks."
+            )
+        return sorted(self._block_ranking[:num_blocks])
+
+    @torch.inference_mode()
+    def question_features(self, questions: Sequence[str]) -> torch.Tensor:
+        """
+        The mean of the token embeddings of each bare question.
+
+        Args:
+            questions (`Sequence[str]`):
+                Questions.
+
+        Returns:
+            `torch.Tensor` of shape `(n, hidden)`, float32, on the executor's device.
+
+        Raises:
+            ValueError: If a question is empty.
+        """
+        features = []
+        for row, question in enumerate(questions):
+            ids = self.processor.tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            if ids.numel() == 0:
+                raise ValueError(f"question {row} is empty: every sample needs a question.")
+            features.append(self.model.get_input_embeddings()(ids.to(self.device))[0].float().mean(dim=0))
+        return torch.stack(features)
+
+    @torch.inference_mode()
+    def vision_features(self, samples: Sequence[ExecutorRequest], tier: str) -> torch.Tensor:
+        """
+        The mean of the projected features of each sample's image that enter the sequence.
+
+        Args:
+            samples (`Sequence[ExecutorRequest]`):
+                Samples. Their settings are not looked at.
+            tier (`str`):
+                Tier to encode the images at.
+
+        Returns:
+            `torch.Tensor` of shape `(n, hidden)`, float32, on the executor's device.
+        """
+        return torch.stack([encoded.image_features.float().mean(dim=0) for encoded in self.encode(samples, tier)])
+
+    @torch.inference_mode()
+    def encode(self, samples: Sequence[ExecutorRequest], tier: str) -> list[EncodedSample]:
+        """
+        Encodes the images of samples at a tier, each once as long as it is kept.
+
+        Args:
+            samples (`Sequence[ExecutorRequest]`):
+                Samples. Their settings are not looked at.
+            tier (`str`):
+                Tier to encode the images at.
+
+        Returns:
+            `list[EncodedSample]`: One a sample, in order.
+        """
+        # Held here as well: a call's images may be more than the cache keeps.
+        found: dict[str, EncodedSample] = {}
+        missing: dict[str, ExecutorRequest] = {}
+        for sample in samples:
+            key = (sample.sample_id, tier)
+            if key in self._encoded:
+                self._encoded.move_to_end(key)
+                found[sample.sample_id] = self._encoded[key]
+            else:
+                missing.setdefault(sample.sample_id, sample)
+        for start in range(0, len(missing), self.batch_size):
+            batch = list(missing.values())[start : start + self.batch_size]
+            for sample, encoded in zip(batch, self._encode_batch(batch, tier), strict=True):
+                found[sample.sample_id] = encoded
+                self._keep((sample.sample_id, tier), encoded)
+        return [found[sample.sample_id] for sample in samples]
+
+    def _encode_batch(self, samples: Sequence[ExecutorRequest], tier: str) -> list[EncodedSample]:
+        inputs = [self._process(sample, tier) for sample in samples]
+        # Views are independent, so all views of the batch go through the tower as if they were one image's: no padding.
+        features = self._image_features(inputs)
+        per_sample = features.split([one["pixel_values"].shape[1] for one in inputs], dim=1)
+        return [
+            self._encoded_sample(one, sample_features) for one, sample_features in zip(inputs, per_sample, strict=True)
+        ]
+
+    def _process(self, sample: ExecutorRequest, tier: str) -> BatchFeature:
+        return self.processor(
+            images=sample.image,
+            text=sample.question,
+            style=sample.style,
+            tier=tier,
+            tier_crops=self.knob_space.tier_crops,
+        )
+
+    def _image_features(self, inputs: Sequence[BatchFeature]) -> torch.Tensor:
+        """Features of the views of all inputs, one input's behind the other's: `(1, views, T, hidden)`."""
+        pixel_values = torch.cat([one["pixel_values"] for one in inputs], dim=1)
+        image_masks = torch.cat([one["image_masks"] for one in inputs], dim=1)
+        return self.model.get_image_features(
+            pixel_values.to(self.device, self.model.dtype), image_masks.to(self.device, self.model.dtype)
+        )
+
+    def _encoded_sample(self, inputs: BatchFeature, features: torch.Tensor) -> EncodedSample:
+        input_ids = inputs["input_ids"][0]
+        image_tokens = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
+        positions = inputs["image_input_idx"].flatten()
+        (enters,) = (positions >= 0).nonzero(as_tuple=True)
+        return EncodedSample(
+            input_ids=input_ids.to(self.device),
+            image_features=features.flatten(0, 2)[enters.to(self.device)],
+            image_input_idx=positions[enters].to(self.device),
+            vision_tokens=int(torch.isin(input_ids, image_tokens).sum()),
+        )
+
+    def _keep(self, key: tuple[str, str], encoded: EncodedSample) -> None:
+        self._encoded[key] = encoded
+        self._encoded_bytes += encoded.num_bytes
+        while self._encoded_bytes > self.vision_cache_bytes:
+            _, oldest = self._encoded.popitem(last=False)
+            self._encoded_bytes -= oldest.num_bytes
+
+    @torch.inference_mode()
+    def generate(self, encoded: Sequence[EncodedSample], top_k: int, active_blocks: Sequence[int]) -> list[list[int]]:
+        """
+        Decodes the answers to a batch of prompts greedily.
+
+        Args:
+            encoded (`Sequence[EncodedSample]`):
+                Prompts, of any length.
+            top_k (`int`):
+                Experts per token.
+            active_blocks (`Sequence[int]`):
+                Blocks that run, ascending.
+
+        Returns:
+            `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
+        """
+        inputs = self._collate(encoded)
+        attention_mask = inputs.pop("attention_mask")
+        cache = None
+        answers: list[list[int]] = [[] for _ in encoded]
+        rows = list(range(len(encoded)))  # rows of the batch whose answers have not ended
+        while True:
+            outputs = self.model(
+                **inputs,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                top_k=top_k,
+                active_blocks=active_blocks,
+            )
+            cache = outputs.past_key_values
+            tokens = outputs.logits[:, -1].argmax(dim=-1)
+            unfinished = []
+            for position, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                answers[row].append(token)
+                if token != self.processor.tokenizer.eos_token_id and len(answers[row]) < self.max_new_tokens:
+                    unfinished.append(position)
+            if not unfinished:
+                return answers
+            if len(unfinished) < len(rows):
+                kept = torch.tensor(unfinished, device=self.device)
+                cache.batch_select_indices(kept)
+                tokens, attention_mask = tokens[kept], attention_mask[kept]
+                rows = [rows[position] for position in unfinished]
+            inputs = {"input_ids": tokens[:, None]}
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+
+    def _collate(self, encoded: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
+        """Inputs of the prefill: prompts padded on the left to length L, features to N a sample."""
+        input_ids = [one.input_ids for one in encoded]
+        length = max(len(ids) for ids in input_ids)
+        attention_mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], True, 0, padding_side="left")
+        positions = [one.image_input_idx + length - len(one.input_ids) for one in encoded]
+        return {
+            "input_ids": pad_sequence(
+                input_ids, True, self.processor.tokenizer.pad_token_id, padding_side="left"
+            ),  # (B, L)
+            "attention_mask": attention_mask,  # (B, L)
+            "image_features": pad_sequence([one.image_features for one in encoded], True)[
+                :, None
+            ],  # (B, 1, N, hidden)
+            "image_input_idx": pad_sequence(positions, True, DROPPED_POSITION)[:, None],  # (B, 1, N)
+        }
+
+    def run(
+        self,
+        requests: Sequence[ExecutorRequest],
+        on_batch: Callable[[list[ExecutorOutput]], None] | None = None,
+        progress: bool = False,
+    ) -> list[ExecutorOutput]:
+        """
+        Answers requests, those of one setting together. An answer does not depend on the other requests (in float32;
+        bfloat16 kernels round differently for different batch shapes, so that a near tie may fall either way).
+
+        Args:
+            requests (`Sequence[ExecutorRequest]`):
+                What to answer.
+            on_batch (`Callable[[list[ExecutorOutput]], None]`, *optional*):
+                Called with the outputs of each batch as soon as it is done.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar (never where the output is not a terminal).
+
+        Returns:
+            `list[ExecutorOutput]`: One a request, in order.
+
+        Raises:
+            ValueError: If a setting is outside the knob space.
+        """
+        by_tier: dict[str, dict[str, list[int]]] = {}
+        for position, request in enumerate(requests):
+            if request.setting not in self.knob_space:
+                raise ValueError(
+                    f"sample '{request.sample_id}' asks for the setting '{request.setting}', which is outside the knob "
+                    f"space {self.knob_space.to_dict()}."
+                )
+            by_tier.setdefault(request.setting.tier, {}).setdefault(request.sample_id, []).append(position)
+
+        outputs: dict[int, ExecutorOutput] = {}
+        with tqdm(total=len(requests), desc="Answering", unit="request", disable=None if progress else True) as bar:
+            for tier, positions_of in by_tier.items():
+                samples = list(positions_of)
+                # As many images as fit in the cache are answered at all their settings before the next are encoded.
+                window = self._images_in_cache(tier)
+                for start in range(0, len(samples), window):
+                    positions = [p for sample_id in samples[start : start + window] for p in positions_of[sample_id]]
+                    for batch in self._answer_window(requests, positions, tier):
+                        outputs.update(batch)
+                        bar.update(len(batch))
+                        if on_batch is not None:
+                            on_batch(list(batch.values()))
+        return [outputs[position] for position in range(len(requests))]
+
+    def _images_in_cache(self, tier: str) -> int:
+        config = self.model.config
+        num_views = 1 + min(self.knob_space.tier_crops[tier][1], config.max_crops)
+        image_bytes = num_views * config.tokens_per_view * self.hidden_size * self.model.dtype.itemsize
+        return max(self.batch_size, self.vision_cache_bytes // image_bytes)
+
+    def _answer_window(
+        self, requests: Sequence[ExecutorRequest], positions: Sequence[int], tier: str
+    ) -> Iterator[dict[int, ExecutorOutput]]:
+        """Answers the requests at the given positions, all of one tier, and yields the outputs of each batch."""
+        encoded = dict(zip(positions, self.encode([requests[p] for p in positions], tier), strict=True))
+        by_setting: dict[KnobSetting, list[int]] = {}
+        # Prompts of similar length share a batch: little padding.
+        for position in sorted(positions, key=lambda p: len(encoded[p].input_ids)):
+            by_setting.setdefault(requests[position].setting, []).append(position)
+        for setting, members in by_setting.items():
+            active_blocks = self.active_blocks(setting.num_blocks)
+            for start in range(0, len(members), self.batch_size):
+                batch = members[start : start + self.batch_size]
+                answers = self.generate([encoded[p] for p in batch], setting.top_k, active_blocks)
+                yield {
+                    position: ExecutorOutput(
+                        sample_id=requests[position].sample_id,
+                        setting=setting,
+                        answer=self.decode(tokens),
+                        vision_tokens=encoded[position].vision_tokens,
+                        text_tokens=len(encoded[position].input_ids) - encoded[position].vision_tokens,
+                        output_tokens=len(tokens),
+                    )
+                    for position, tokens in zip(batch, answers, strict=True)
+                }
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of an answer's tokens."""
+        return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    @torch.inference_mode()
+    def time_request(
+        self, request: ExecutorRequest, repeats: int = 5, warmup: int = 2, decode_steps: int | None = None
+    ) -> StageTimes:
+        """
+        Times the stages of one request at batch 1, image processing included. Nothing that was encoded before is used.
+
+        Args:
+            request (`ExecutorRequest`):
+                The request.
+            repeats (`int`, *optional*, defaults to 5):
+                Runs that are measured; times are their medians.
+            warmup (`int`, *optional*, defaults to 2):
+                Runs before these that are not measured.
+            decode_steps (`int`, *optional*):
+                Tokens to decode after the first, whatever the answer. By default, decoding ends with the answer.
+
+        Raises:
+            ValueError: If the setting is outside the knob space, or there is nothing to measure.
+        """
+        if request.setting not in self.knob_space:
+            raise ValueError(f"setting '{request.setting}' is outside the knob space {self.knob_space.to_dict()}.")
+        if repeats < 1 or warmup < 0:
+            raise ValueError(f"`repeats` is {repeats} and `warmup` is {warmup}: give 1 or more and 0 or more.")
+        runs = [self._time_once(request, decode_steps) for _ in range(warmup + repeats)][warmup:]
+        return replace(
+            runs[0],
+            image_processing_ms=statistics.median(run.image_processing_ms for run in runs),
+            vision_ms=statistics.median(run.vision_ms for run in runs),
+            llm_prefill_ms=statistics.median(run.llm_prefill_ms for run in runs),
+            decode_ms=[statistics.median(step) for step in zip(*(run.decode_ms for run in runs), strict=True)],
+        )
+
+    def _time_once(self, request: ExecutorRequest, decode_steps: int | None) -> StageTimes:
+        knobs = {
+            "top_k": request.setting.top_k,
+            "active_blocks": self.active_blocks(request.setting.num_blocks),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        started = self._now_ms()
+        inputs = self._process(request, request.setting.tier)
+        processed = self._now_ms()
+        encoded = self._encoded_sample(inputs, self._image_features([inputs]))
+        seen = self._now_ms()
+        prompt = self._collate([encoded])
+        outputs = self.model(**prompt, **knobs)
+        token = outputs.logits[:, -1].argmax(dim=-1)
+        prefilled = self._now_ms()
+
+        attention_mask = prompt["attention_mask"]
+        decode_ms = []
+        last = prefilled
+        for _ in range(self.max_new_tokens - 1 if decode_steps is None else decode_steps):
+            if decode_steps is None and token.item() == self.processor.tokenizer.eos_token_id:
+                break
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            outputs = self.model(
+                input_ids=token[:, None],
+                attention_mask=attention_mask,
+                past_key_values=outputs.past_key_values,
+                **knobs,
+            )
+            token = outputs.logits[:, -1].argmax(dim=-1)
+            now = self._now_ms()
+            decode_ms.append(now - last)
+            last = now
+        return StageTimes(
+            image_processing_ms=processed - started,
+            vision_ms=seen - processed,
+            llm_prefill_ms=prefilled - seen,
+            decode_ms=decode_ms,
+            vision_tokens=encoded.vision_tokens,
+            text_tokens=len(encoded.input_ids) - encoded.vision_tokens,
+            output_tokens=1 + len(decode_ms),
+            num_views=inputs["pixel_values"].shape[1],
+        )
+
+    def _now_ms(self) -> float:
+        """The time once all work handed to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() * 1000.0
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The part of a configuration that an answer depends on: not the library's version, nor the folder's name, nor knob
+    values that an executor may not use. The precision is that of the tensors.
+    """
+    ignored = ("_name_or_path", "architectures", "dtype", "knob_space", "transformers_version")
+    return {
+        key: _architecture(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in ignored
+    }
+
+
+def _model_folder(model_path: str | Path | None) -> Path:
+    """The folder that `model_path` stands for; a Hub repository is fetched into the local cache."""
+    if model_path is None or str(model_path) == EMBEDDED:
+        return embedded_executor_path()
+    folder = Path(model_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"`model_path` '{model_path}' is a folder without a config.json: give the folder of a Molmo checkpoint."
+            )
+        return folder
+    what_to_give = f"give a model folder, the name of a Hub repository (org/name), or '{EMBEDDED}'"
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(model_path)) is None:
+        raise FileNotFoundError(f"`model_path` '{model_path}' does not exist: {what_to_give}.")
+    try:
+        return Path(snapshot_download(str(model_path), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"`model_path` '{model_path}' is not a folder here, and the Hub did not give a repository of that name "
+            f"({type(error).__name__}): {what_to_give}."
+        ) from error

@@ -1,0 +1,94 @@
+"""What the executor is asked, what it answers, and what it measures."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..knobs import KnobSetting
+
+
+@dataclass(frozen=True)
+class ExecutorRequest:
+    """
+    A question about an image, and the setting to answer it at.
+
+    Args:
+        sample_id (`str`):
+            Name of the sample. Encoded images are kept under it, so it must stand for one image and one question.
+        image (`PIL.Image.Image`):
+            The image.
+        question (`str`):
+            The bare question.
+        style (`str`):
+            How the question is put to the executor, e.g. `"vqa2"`.
+        setting ([`KnobSetting`]):
+            Knob setting.
+    """
+
+    sample_id: str
+    image: Image.Image
+    question: str
+    style: str
+    setting: KnobSetting
+
+
+@dataclass(frozen=True)
+class ExecutorOutput:
+    """
+    The executor's answer to one request.
+
+    Args:
+        sample_id (`str`):
+            Sample of the request.
+        setting ([`KnobSetting`]):
+            Setting of the request.
+        answer (`str`):
+            Decoded answer, without surrounding blanks.
+        vision_tokens (`int`):
+            Tokens that stand for the image: start, patch, column and end tokens.
+        text_tokens (`int`):
+            The other tokens of the prompt: the beginning-of-sequence token and the question.
+        output_tokens (`int`):
+            Tokens generated, the end-of-sequence token included.
+    """
+
+    sample_id: str
+    setting: KnobSetting
+    answer: str
+    vision_tokens: int
+    text_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """
+    What each stage of answering one request took, in milliseconds (medians over repeats), and what it worked on.
+
+    Args:
+        image_processing_ms (`float`):
+            Cutting and normalising the image, tokenizing the prompt.
+        vision_ms (`float`):
+            Vision tower and connector.
+        llm_prefill_ms (`float`):
+            Language model over the prompt, up to the first output token.
+        decode_ms (`list[float]`):
+            Each further output token: `output_tokens - 1` values.
+        vision_tokens (`int`):
+            As in [`ExecutorOutput`].
+        text_tokens (`int`):
+            As in [`ExecutorOutput`].
+        output_tokens (`int`):
+            As in [`ExecutorOutput`].
+        num_views (`int`):
+            Views that the tower encoded: the global one and the crops.
+    """
+
+    image_processing_ms: float
+    vision_ms: float
+    llm_prefill_ms: float
+    decode_ms: list[float]
+    vision_tokens: int
+    text_tokens: int
+    output_tokens: int
+    num_views: int
