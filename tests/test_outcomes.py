@@ -1,0 +1,239 @@
+"""The store of outcomes, through kills and between processes; and the collector over a real executor."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from joint_controller import KnobSetting, KnobSpace
+from joint_controller.executor import MolmoExecutor
+from joint_controller.outcomes import OUTCOME_FEATURES, Outcome, OutcomeCollector, OutcomeStore
+
+
+SETTING = KnobSetting("low", 2, 3)
+OTHER = KnobSetting("high", 4, 4)
+
+
+def outcome(sample_id, setting=SETTING, answer="red", accuracy=1 / 3):
+    return Outcome(sample_id, setting, answer, accuracy, vision_tokens=44, text_tokens=15, output_tokens=2)
+
+
+def test_outcomes_are_found_again_by_sample_and_setting(tmp_path):
+    store = OutcomeStore(tmp_path / "outcomes", "executor")
+    store.add([outcome("a"), outcome("b", OTHER, "größer ≠ \n 2", 0.1)])
+    store.add([outcome("a", OTHER)])
+    for opened in (store, OutcomeStore(tmp_path / "outcomes", "executor")):
+        assert len(opened) == 3
+        assert opened.get("a", SETTING) == outcome("a")
+        assert opened.get("b", OTHER) == outcome("b", OTHER, "größer ≠ \n 2", 0.1)
+        assert opened.get("b", SETTING) is None
+        assert ("a", OTHER) in opened and ("c", SETTING) not in opened
+
+
+def test_a_store_without_a_path_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = OutcomeStore(None, "executor")
+    store.add([outcome("a")])
+    store.compact()
+    assert store.get("a", SETTING) == outcome("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_known_stays_and_is_not_written_again(tmp_path):
+    store = OutcomeStore(tmp_path, "executor")
+    store.add([outcome("a"), outcome("a", answer="blue")])
+    store.add([outcome("a", answer="green")])
+    store.add([])
+    assert store.get("a", SETTING).answer == "red"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_executor_is_refused_and_nothing_is_lost(tmp_path):
+    OutcomeStore(tmp_path, "a" * 64).add([outcome("a")])
+    with pytest.raises(ValueError, match="outcomes of another executor: fingerprint aaaaaaaaaaaa, .* bbbbbbbbbbbb"):
+        OutcomeStore(tmp_path, "b" * 64)
+    assert len(OutcomeStore(tmp_path, "a" * 64)) == 1
+
+
+def test_foreign_and_broken_files_are_refused_by_name(tmp_path):
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="broken.parquet' is not a readable Parquet file"):
+        OutcomeStore(tmp_path, "executor")
+    broken.unlink()
+    OutcomeStore(None, "executor").to_dataset().remove_columns("answer").to_parquet(tmp_path / "foreign.parquet")
+    with pytest.raises(ValueError, match="foreign.parquet' has the columns"):
+        OutcomeStore(tmp_path, "executor")
+
+
+def test_the_table_is_a_data_set_in_order_and_the_shards_load_as_one(tmp_path):
+    store = OutcomeStore(tmp_path, "executor")
+    store.add([outcome("b"), outcome("a", SETTING)])
+    store.add([outcome("a", OTHER)])
+    table = store.to_dataset()
+    assert table.features == OUTCOME_FEATURES
+    assert list(zip(table["sample_id"], table["tier"], strict=True)) == [("a", "high"), ("a", "low"), ("b", "low")]
+    loaded = load_dataset(
+        "parquet", data_files=str(tmp_path / "*.parquet"), split="train", cache_dir=tmp_path / "cache"
+    )
+    assert sorted(loaded.to_list(), key=str) == sorted(table.to_list(), key=str)
+
+
+def test_processes_that_share_a_folder_see_each_other_after_reload(tmp_path):
+    first, second = OutcomeStore(tmp_path, "executor"), OutcomeStore(tmp_path, "executor")
+    first.add([outcome("a")])
+    second.add([outcome("b")])
+    assert second.get("a", SETTING) is None
+    second.reload()
+    first.reload()
+    assert len(first) == len(second) == 2
+
+
+def test_compacting_leaves_one_shard_while_others_write_and_read(tmp_path):
+    first, second = OutcomeStore(tmp_path, "executor"), OutcomeStore(tmp_path, "executor")
+    for index in range(5):
+        first.add([outcome(f"first{index}")])
+    second.add([outcome("second")])  # not known to the first store
+    first.compact()
+    assert len(list(tmp_path.iterdir())) == 2
+    first.add([outcome("later")])
+    second.reload()
+    first.reload()
+    first.compact()
+    assert len(list(tmp_path.iterdir())) == 1
+    second.add([outcome("last")])
+    second.compact()
+    first.reload()
+    assert len(first) == len(second) == len(OutcomeStore(tmp_path, "executor")) == 8
+
+
+def test_a_shard_that_is_compacted_away_while_the_folder_is_read_is_no_loss(tmp_path, monkeypatch):
+    writer = OutcomeStore(tmp_path, "executor")
+    writer.add([outcome("a")])
+    writer.add([outcome("b")])
+    reader = OutcomeStore(None, "executor")
+    reader.path = tmp_path
+    listed = sorted(tmp_path.glob("*.parquet"))
+    writer.compact()
+    glob = type(tmp_path).glob
+    listings = iter([listed])
+    monkeypatch.setattr(type(tmp_path), "glob", lambda path, pattern: next(listings, None) or glob(path, pattern))
+    reader.reload()
+    assert len(reader) == 2
+
+
+WRITER = """
+import sys
+from joint_controller import KnobSetting
+from joint_controller.outcomes import Outcome, OutcomeStore
+store = OutcomeStore(sys.argv[1], "executor")
+for shard in range(100_000):
+    store.add([Outcome(f"{sys.argv[2]}-{shard}-{row}", KnobSetting("low", 2, 3), "red", 1.0, 44, 15, 2) for row in range(50)])
+    print(shard, flush=True)
+    if shard % 10 == 9:
+        store.reload()
+        store.compact()
+"""
+
+
+def test_two_writers_that_are_killed_lose_nothing_that_was_added(tmp_path):
+    folder = tmp_path / "outcomes"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, folder, name], stdout=subprocess.PIPE, text=True)
+        for name in ("first", "second")
+    ]
+    added = {}
+    for name, writer in zip(("first", "second"), writers, strict=True):
+        assert writer.stdout.readline() == "0\n"
+        added[name] = 0
+    time.sleep(1.0)
+    for name, writer in zip(("first", "second"), writers, strict=True):
+        os.kill(writer.pid, signal.SIGKILL)
+        lines = writer.communicate()[0].split()
+        assert writer.returncode == -signal.SIGKILL
+        added[name] = int(lines[-1]) if lines else 0
+    assert min(added.values()) > 10, "killed before anything was compacted: the test shows nothing"
+    (folder / "outcomes-1-killed-000000.parquet.tmp").write_bytes(b"half a shard")
+    store = OutcomeStore(folder, "executor")
+    for name, last in added.items():
+        for shard in range(last + 1):
+            assert all(store.get(f"{name}-{shard}-{row}", SETTING) is not None for row in range(50))
+
+
+@pytest.fixture(scope="module")
+def executor(tiny_molmo, tiny_processor):
+    space = KnobSpace({"low": (1, 1), "high": (4, 4)}, top_k=(2, 4), num_blocks=(3, 4))
+    return MolmoExecutor(tiny_molmo, tiny_processor, space, max_new_tokens=3, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    generator = np.random.default_rng(0)
+    return [
+        {
+            "sample_id": f"sample{index}",
+            "image": Image.fromarray(generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)),
+            "question": "what color is the star?",
+            "answers": [f"answer{index}"] * 10,
+            "style": "vqa2",
+            "metric": "vqa_accuracy",
+            "question_type": "color",
+        }
+        for index in range(3)
+    ]
+
+
+def score(answer, answers):
+    """Tells which references it was given, so that a mix-up of samples shows."""
+    return len(answer) + int(answers[0].removeprefix("answer")) / 10
+
+
+def test_collected_outcomes_are_the_executors_and_scored_against_their_own_references(executor, samples, tmp_path):
+    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score)
+    outcomes = collector.collect([samples[2], samples[0], samples[2]], [SETTING, OTHER, OTHER])
+    for index, setting, got in zip((2, 0, 2), (SETTING, OTHER, OTHER), outcomes, strict=True):
+        alone = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), score)
+        assert alone.collect([samples[index]], [setting]) == [got]
+        assert (got.sample_id, got.setting) == (f"sample{index}", setting)
+        assert got.accuracy == len(got.answer) + index / 10
+
+
+def test_nothing_is_run_twice(executor, samples, tmp_path):
+    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score)
+    first = collector.collect([samples[0], samples[1], samples[0], samples[0]], [SETTING, SETTING, SETTING, OTHER])
+    assert collector.num_executed == 3
+    assert first[0] == first[2]
+    assert collector.collect([samples[1], samples[0]], [SETTING, OTHER]) == [first[1], first[3]]
+    assert collector.num_executed == 3
+    resumed = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score)
+    assert resumed.collect([samples[0], samples[2]], [SETTING, SETTING])[0] == first[0]
+    assert resumed.num_executed == 1
+    assert resumed.collect([], []) == []
+
+
+def test_each_batch_is_stored_before_the_next_is_run(executor, samples, tmp_path):
+    def score_until_the_third(answer, answers):
+        if answers[0] == "answer2":
+            raise RuntimeError("killed here")
+        return 1.0
+
+    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score_until_the_third)
+    with pytest.raises(RuntimeError, match="killed here"):
+        collector.collect(samples, [SETTING] * 3)
+    assert len(OutcomeStore(tmp_path, executor.fingerprint)) == 2
+
+
+def test_bad_input_is_refused(executor, samples, tmp_path):
+    collector = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), score)
+    with pytest.raises(ValueError, match="3 samples but 1 settings"):
+        collector.collect(samples, [SETTING])
+    with pytest.raises(ValueError, match="sample 'sample1' has no reference answers"):
+        collector.collect([samples[0], {**samples[1], "answers": []}], [SETTING, SETTING])
+    with pytest.raises(ValueError, match="the store keeps outcomes of executor another"):
+        OutcomeCollector(executor, OutcomeStore(None, "another"), score)
