@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from joint_controller import KnobSetting, KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel, MolmoConfig
@@ -234,6 +235,15 @@ def test_predictions_outside_what_was_measured_are_refused(fitted, arguments, me
 def test_an_estimator_that_was_not_fitted_is_refused():
     with pytest.raises(ValueError, match="not fitted"):
         LatencyEstimatorModel(LatencyEstimatorConfig()).predict_latency_ms([SPACE.full], [2], [40], [10], [2])
+
+
+def test_a_folder_without_a_tensor_is_refused(fitted, tmp_path):
+    fitted[0].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["decode_coefficients"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no \\['decode_coefficients'\\]"):
+        LatencyEstimatorModel.from_pretrained(tmp_path).predict_latency_ms([SPACE.full], [2], [40], [10], [2])
 
 
 def test_an_estimator_of_another_executor_is_refused(fitted):
