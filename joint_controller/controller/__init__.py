@@ -1,0 +1,12 @@
+"""The controller: a two-stage policy over the knobs of an executor."""
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_joint_controller import JointControllerConfig
+from .modeling_joint_controller import JointControllerModel, JointControllerOutput
+
+
+__all__ = ["JointControllerConfig", "JointControllerModel", "JointControllerOutput"]
+
+AutoConfig.register("joint_controller", JointControllerConfig)
+AutoModel.register(JointControllerConfig, JointControllerModel)

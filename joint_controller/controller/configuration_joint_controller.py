@@ -1,0 +1,85 @@
+"""Configuration of the two-stage controller."""
+
+from transformers import PreTrainedConfig
+
+from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
+
+
+class JointControllerConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`JointControllerModel`]. The defaults fit `allenai/MolmoE-1B-0924` as the executor.
+
+    Args:
+        > Parameters that describe the executor
+
+        knob_space (`dict`, *optional*):
+            Values that the knobs may take, as in [`KnobSpace.to_dict`]. Defaults to three tiers, 4 to 8 experts per token
+            and 12 to 16 blocks.
+        question_size (`int`, *optional*, defaults to 2048):
+            Width of the question features: the executor's hidden size.
+        vision_size (`int`, *optional*, defaults to 2048):
+            Width of the pooled vision features: the executor's hidden size.
+
+        > Parameters that describe the budget
+
+        latency_budget_min_ms (`float`, *optional*, defaults to 10.0):
+            Lowest budget of the training range, in ms: encoded as 0.
+        latency_budget_max_ms (`float`, *optional*, defaults to 42.0):
+            Highest budget of the training range, in ms: encoded as 1. Budgets outside the range are encoded beyond 0 and
+            1, where the controller extrapolates from what it saw in training.
+        budget_octaves (`int`, *optional*, defaults to 6):
+            Frequencies of the sinusoidal budget encoding: \\(\pi, 2\pi, 4\pi, …\\) over the training range. The finest
+            one tells budgets apart that are \\(2^{-\text{octaves}}\\) of the range apart.
+
+        > Parameters that describe the policy
+
+        stage1_inputs (`str`, *optional*, defaults to `"question_and_budget"`):
+            What stage 1 decides the tier from: `"question_and_budget"`, or `"budget"` alone.
+        projection_size (`int`, *optional*, defaults to 96):
+            Width that question, vision, budget and tier are each projected to.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of the two hidden layers of each stage.
+
+    Raises:
+        ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs` is
+            unknown.
+
+    Example:
+
+    ```python
+    >>> from joint_controller import JointControllerConfig, JointControllerModel, KnobSpace
+
+    >>> space = KnobSpace({"low": (1, 1), "high": (9, 9)}, top_k=(1, 2, 4), num_blocks=(4, 6, 8))
+    >>> config = JointControllerConfig(
+    ...     knob_space=space.to_dict(), question_size=192, vision_size=192, latency_budget_min_ms=5, latency_budget_max_ms=20
+    ... )
+    >>> model = JointControllerModel(config)
+    ```
+    """
+
+    model_type = "joint_controller"
+
+    knob_space: dict | None = None
+    question_size: int = 2048
+    vision_size: int = 2048
+    latency_budget_min_ms: float = 10.0
+    latency_budget_max_ms: float = 42.0
+    budget_octaves: int = 6
+    stage1_inputs: str = "question_and_budget"
+    projection_size: int = 96
+    hidden_size: int = 128
+
+    def __post_init__(self, **kwargs):
+        if self.knob_space is None:
+            self.knob_space = KnobSpace(DEFAULT_TIER_CROPS, tuple(range(4, 9)), tuple(range(12, 17))).to_dict()
+        super().__post_init__(**kwargs)
+        KnobSpace.from_dict(self.knob_space)  # refuses a space that is not valid
+        if not 0 < self.latency_budget_min_ms < self.latency_budget_max_ms:
+            raise ValueError(
+                f"the budget range is {self.latency_budget_min_ms} to {self.latency_budget_max_ms} ms: "
+                "`latency_budget_min_ms` must be above 0 and below `latency_budget_max_ms`."
+            )
+        if self.stage1_inputs not in ("question_and_budget", "budget"):
+            raise ValueError(
+                f"`stage1_inputs` is '{self.stage1_inputs}': it must be 'question_and_budget' or 'budget'."
+            )

@@ -1,0 +1,246 @@
+"""Arguments of the controller's trainer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from trl import GRPOConfig
+
+from ..rewards import DEFAULT_REWARD_WEIGHTS, REWARD_FUNCTIONS
+
+
+# Fields of `GRPOConfig` that steer text generation or language models, with the one value that is true of this policy:
+# three decisions, sampled from a softmax by the trainer itself. Another value would be ignored, so it is refused.
+_TEXT_ONLY_FIELDS: dict[str, Any] = {
+    "cast_lm_head_to_fp32": False,
+    "chat_template_kwargs": None,
+    "generation_kwargs": None,
+    "gradient_checkpointing": False,
+    "mask_truncated_completions": False,
+    "max_completion_length": 3,
+    "max_tool_calling_iterations": None,
+    "min_p": None,
+    "model_init_kwargs": None,
+    "pad_to_multiple_of": None,
+    "repetition_penalty": 1.0,
+    "router_aux_loss_coef": None,
+    "top_k": 0,
+    "top_p": 1.0,
+    "use_liger_kernel": False,
+    "use_transformers_continuous_batching": False,
+    "use_vllm": False,
+}
+
+
+@dataclass
+class JointGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of the [`JointGRPOTrainer`]: all of [`~trl.GRPOConfig`] that does not concern text, and the parameters
+    below.
+
+    Parameters:
+        > Parameters that control the latency budgets
+
+        latency_budget_min_ms (`float`, *optional*):
+            Lowest training budget, in ms. Give both ends in ms, or both as fractions.
+        latency_budget_max_ms (`float`, *optional*):
+            Highest training budget, in ms.
+        latency_budget_min_fraction (`float`, *optional*):
+            Lowest training budget, as a fraction of the full setting's estimated latency. Defaults to `0.35` where no
+            budgets in ms are given.
+        latency_budget_max_fraction (`float`, *optional*):
+            Highest training budget, as a fraction of the full setting's estimated latency. Defaults to `1.0` where no
+            budgets in ms are given.
+
+        > Parameters that control stage 1
+
+        stage1_lr_ratio (`float`, *optional*, defaults to `1.0`):
+            Learning rate of stage 1 as a multiple of `learning_rate`. `0` freezes stage 1.
+        stage1_checkpoint (`str`, *optional*):
+            Folder (or Hub repository) of a controller whose stage 1 training starts from.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`], since the policy is small, is trained from
+    > scratch and takes three decisions:
+    > - `learning_rate`: Defaults to `2e-3` instead of `1e-6`.
+    > - `scale_rewards`: Defaults to `"batch"` instead of `"group"`.
+    > - `entropy_coef`: Defaults to `0.1` instead of `0.0`.
+    > - `max_completion_length`: Defaults to `3` instead of `512`.
+    > - `num_generations_eval`: Defaults to `1`: evaluation takes the likeliest setting.
+    > - `reward_weights`: Defaults to `[1.0, 0.5, 10.0, 0.1, 0.05]` instead of ones.
+    > - `bf16`, `dataloader_pin_memory`: Default to `False`. `gradient_checkpointing` is off.
+    > - `eval_strategy` and `save_strategy`: Default to `"steps"`, `eval_steps` and `save_steps` to `100`.
+    > - `load_best_model_at_end`: Defaults to `True`, by the highest `eval_reward`.
+    > - `report_to`: Defaults to `"none"`.
+
+    Raises:
+        ValueError: If the budget range is empty or given in both kinds, a parameter of text generation is set, or
+            checkpoints would not allow an exact resume or not hold the best controller.
+    """
+
+    # Parameters whose default values are overridden from GRPOConfig
+    learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate for AdamW."})
+    scale_rewards: str = field(
+        default="batch",
+        metadata={
+            "help": "What advantages are divided by: the standard deviation of rewards in the 'batch' or in the 'group', or "
+            "'none'. By the group's own, a group whose settings are worth nearly the same counts as much as one where the "
+            "setting decides, and the controller stops exploring early."
+        },
+    )
+    entropy_coef: float = field(
+        default=0.1,
+        metadata={
+            "help": "Coefficient of the entropy bonus. Without it, the first steps, in which most settings violate the "
+            "budget, drive the controller to the cheapest setting for good."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=3, metadata={"help": "Decisions of the controller: tier, top_k and num_blocks. Must stay 3."}
+    )
+    num_generations_eval: int | None = field(
+        default=1,
+        metadata={"help": "Settings per sample in evaluation. All are the same: the likeliest one."},
+    )
+    reward_weights: list[float] | None = field(
+        default_factory=lambda: list(DEFAULT_REWARD_WEIGHTS),
+        metadata={"help": f"Weight of each reward function: {', '.join(REWARD_FUNCTIONS)}."},
+    )
+    bf16: bool | None = field(
+        default=False, metadata={"help": "Whether to compute the controller's forward in bfloat16."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Must stay unset: the controller is small and has no checkpointed layers."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=False,
+        metadata={"help": "Whether to pin memory in data loaders. Rows hold no tensors, so it does nothing."},
+    )
+    eval_strategy: IntervalStrategy | str = field(
+        default="steps", metadata={"help": "When to evaluate: 'no', 'steps' or 'epoch'."}
+    )
+    eval_steps: float | None = field(default=100, metadata={"help": "Optimiser steps between two evaluations."})
+    save_strategy: SaveStrategy | str = field(
+        default="steps", metadata={"help": "When to save checkpoints: 'no', 'steps', 'epoch' or 'best'."}
+    )
+    save_steps: float = field(
+        default=100,
+        metadata={
+            "help": "Optimiser steps between two checkpoints. They must fall on the beginning of a rollout: a multiple of "
+            "steps_per_generation x num_iterations / gradient_accumulation_steps."
+        },
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Whether to end with the best controller seen rather than the last one."}
+    )
+    metric_for_best_model: str | None = field(
+        default="eval_reward", metadata={"help": "Metric that the best controller has the best value of."}
+    )
+    greater_is_better: bool | None = field(
+        default=True, metadata={"help": "Whether a higher value of metric_for_best_model is better."}
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Integrations to report to: 'none', 'all' or names such as 'wandb'."}
+    )
+
+    # Parameters that control the latency budgets
+    latency_budget_min_ms: float | None = field(
+        default=None,
+        metadata={"help": "Lowest training budget, in ms. Give both ends in ms, or both as fractions."},
+    )
+    latency_budget_max_ms: float | None = field(default=None, metadata={"help": "Highest training budget, in ms."})
+    latency_budget_min_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest training budget, as a fraction of the full setting's estimated latency. 0.35 where no budgets "
+            "in ms are given."
+        },
+    )
+    latency_budget_max_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Highest training budget, as a fraction of the full setting's estimated latency. 1.0 where no budgets "
+            "in ms are given."
+        },
+    )
+
+    # Parameters that control stage 1
+    stage1_lr_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Learning rate of stage 1 as a multiple of learning_rate. 0 freezes stage 1."},
+    )
+    stage1_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Folder (or Hub repository) of a controller whose stage 1 training starts from."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_latency_budgets()
+        self._check_checkpoints()
+        if self.stage1_lr_ratio < 0:
+            raise ValueError(f"`stage1_lr_ratio` is {self.stage1_lr_ratio}: give 0 (freezes stage 1) or more.")
+        for name, value in _TEXT_ONLY_FIELDS.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but it steers text generation and the controller writes no "
+                    f"text: leave it at {value!r}."
+                )
+        if self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model` is set, but checkpoints do not hold the moving reference, so a resumed run would differ: "
+                "unset it."
+            )
+
+    def _check_latency_budgets(self):
+        kinds = {kind: (f"latency_budget_min_{kind}", f"latency_budget_max_{kind}") for kind in ("ms", "fraction")}
+        given = {kind: [name for name in names if getattr(self, name) is not None] for kind, names in kinds.items()}
+        if not given["ms"] and not given["fraction"]:
+            self.latency_budget_min_fraction, self.latency_budget_max_fraction = 0.35, 1.0
+            given["fraction"] = kinds["fraction"]
+        if given["ms"] and given["fraction"]:
+            raise ValueError(
+                f"`{given['ms'][0]}` and `{given['fraction'][0]}` are both set: give the budget range in ms or as "
+                "fractions of the full setting's latency."
+            )
+        kind = "ms" if given["ms"] else "fraction"
+        if len(given[kind]) != 2:
+            raise ValueError(f"only `{given[kind][0]}` is set: give both `{kinds[kind][0]}` and `{kinds[kind][1]}`.")
+        minimum, maximum = (getattr(self, name) for name in kinds[kind])
+        if not 0 < minimum < maximum:
+            raise ValueError(
+                f"the budget range is {minimum} to {maximum}: `{kinds[kind][0]}` must be above 0 and below "
+                f"`{kinds[kind][1]}`."
+            )
+
+    def _check_checkpoints(self):
+        # Rollouts that were made but not yet trained on are not part of a checkpoint: an exact resume needs checkpoints
+        # where the next step rolls out anew. Epochs always end there.
+        generate_every = self.steps_per_generation * self.num_iterations  # in forward and backward passes
+        accumulation = self.gradient_accumulation_steps
+        saves_by_step = self.save_strategy in (SaveStrategy.STEPS, SaveStrategy.BEST)
+        steps_field = "save_steps" if self.save_strategy == SaveStrategy.STEPS else "eval_steps"
+        if saves_by_step:
+            if generate_every % accumulation and accumulation % generate_every:
+                raise ValueError(
+                    f"`gradient_accumulation_steps` ({accumulation}) and `steps_per_generation` x `num_iterations` "
+                    f"({generate_every}) do not divide each other, so rollouts would begin in the middle of optimiser "
+                    "steps and checkpoints would not allow an exact resume: make one a multiple of the other."
+                )
+            steps = getattr(self, steps_field)
+            if steps < 1 or steps * accumulation % generate_every:
+                boundary = max(1, generate_every // accumulation)
+                raise ValueError(
+                    f"`{steps_field}` is {steps}, but a checkpoint allows an exact resume only where a rollout begins: "
+                    f"give a multiple of {boundary} optimiser steps (`steps_per_generation` x `num_iterations` / "
+                    "`gradient_accumulation_steps`)."
+                )
+        if (
+            self.load_best_model_at_end
+            and self.save_strategy == SaveStrategy.STEPS
+            and self.save_steps != self.eval_steps
+        ):
+            raise ValueError(
+                f"`save_steps` ({self.save_steps}) differs from `eval_steps` ({self.eval_steps}), so the best controller "
+                "might not be among the checkpoints: make them equal, or unset `load_best_model_at_end`."
+            )

@@ -1,0 +1,157 @@
+"""A small world with known answers: every outcome and latency is a formula, so the best setting can be found by brute force."""
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from joint_controller.controller import JointControllerConfig, JointControllerModel
+from joint_controller.executor import ExecutorOutput
+from joint_controller.knobs import KnobSetting, KnobSpace
+from joint_controller.outcomes import OutcomeCollector, OutcomeStore
+from joint_controller.rewards import total_reward
+from joint_controller.trainer import JointGRPOConfig, JointGRPOTrainer
+
+
+SPACE = KnobSpace({"low": (1, 1), "medium": (4, 4), "high": (9, 9)}, top_k=(1, 2, 4), num_blocks=(4, 6, 8))
+FULL_MS = 30.0
+# The cheapest setting at which each kind of question is answered.
+NEEDS = {
+    "existence": KnobSetting("low", 1, 4),
+    "digit": KnobSetting("high", 1, 4),
+    "comparison": KnobSetting("low", 1, 8),
+    "shape": KnobSetting("medium", 4, 6),
+}
+HIDDEN_SIZE = 16
+
+
+def latency_of(setting: KnobSetting) -> float:
+    """5 ms for the cheapest setting of SPACE, 30 ms for the full one; the tier and the blocks cost most."""
+    tier, top_k, num_blocks = SPACE.normalized(setting)
+    return 5.0 + 10.0 * tier + 5.0 * top_k + 10.0 * num_blocks
+
+
+def is_answered(question_type: str, setting: KnobSetting) -> bool:
+    needed = SPACE.normalized(NEEDS[question_type])
+    return all(have >= need for have, need in zip(SPACE.normalized(setting), needed, strict=True))
+
+
+class FormulaExecutor:
+    """An executor whose answers follow from `NEEDS`: "yes" where the setting suffices, else "no"."""
+
+    knob_space = SPACE
+    hidden_size = HIDDEN_SIZE
+    fingerprint = "formula"
+
+    def question_features(self, questions):
+        return torch.stack([_direction(question.split()[0]) for question in questions])
+
+    def vision_features(self, requests, tier):
+        return torch.stack(
+            [
+                _direction(tier) + float(np.asarray(request.image).mean()) / 255 * _direction("brightness")
+                for request in requests
+            ]
+        )
+
+    def run(self, requests, on_batch=None, progress=False):
+        outputs = []
+        for request in requests:
+            answer = "yes" if is_answered(request.question.split()[0], request.setting) else "no"
+            outputs.append(ExecutorOutput(request.sample_id, request.setting, answer, 16, 8, 2))
+        if on_batch is not None:
+            on_batch(outputs)
+        return outputs
+
+
+class FormulaLatency:
+    """A latency estimator whose estimates are `latency_of`."""
+
+    def predict_latency_ms(self, settings, vision_tokens, text_tokens, output_tokens):
+        return torch.tensor([latency_of(setting) for setting in settings])
+
+
+def _direction(name: str) -> torch.Tensor:
+    seed = int.from_bytes(name.encode()[:6], "big") % 2**31
+    return torch.randn(HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def make_dataset(num_rows: int, prefix: str = "train", question_types=tuple(NEEDS)) -> Dataset:
+    rows = {"sample_id": [], "image": [], "question": [], "answers": [], "style": []}
+    for row in range(num_rows):
+        rows["sample_id"].append(f"{prefix}/{row:04d}")
+        rows["image"].append(PILImage.new("RGB", (4, 4), (row * 37 % 256,) * 3))
+        rows["question"].append(f"{question_types[row % len(question_types)]} question?")
+        rows["answers"].append(["yes"])
+        rows["style"].append("vqa2")
+    strings = Value("string")
+    features = {
+        "sample_id": strings,
+        "image": Image(),
+        "question": strings,
+        "answers": List(strings),
+        "style": strings,
+    }
+    return Dataset.from_dict(rows, features=Features(features))
+
+
+def make_collector(path=None) -> OutcomeCollector:
+    return OutcomeCollector(
+        FormulaExecutor(), OutcomeStore(path, "formula"), lambda answer, answers: float(answer in answers)
+    )
+
+
+def make_controller(seed: int = 0, **kwargs) -> JointControllerModel:
+    torch.manual_seed(seed)
+    values = {
+        "knob_space": SPACE.to_dict(),
+        "question_size": HIDDEN_SIZE,
+        "vision_size": HIDDEN_SIZE,
+        "latency_budget_min_ms": 0.3 * FULL_MS,
+        "latency_budget_max_ms": FULL_MS,
+        "projection_size": 32,
+        "hidden_size": 64,
+    }
+    return JointControllerModel(JointControllerConfig(**{**values, **kwargs}))
+
+
+def make_args(output_dir, **kwargs) -> JointGRPOConfig:
+    values = {
+        "output_dir": str(output_dir),
+        "latency_budget_min_fraction": 0.35,
+        "latency_budget_max_fraction": 1.0,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "num_generations": 8,
+        "max_steps": 8,
+        "eval_steps": 4,
+        "save_steps": 4,
+        "logging_steps": 4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return JointGRPOConfig(**{**values, **kwargs})
+
+
+def make_trainer(output_dir, controller=None, collector=None, num_rows=32, num_eval_rows=16, **kwargs):
+    trainer_kwargs = {name: kwargs.pop(name) for name in ("reward_funcs", "callbacks") if name in kwargs}
+    return JointGRPOTrainer(
+        model=make_controller() if controller is None else controller,
+        collector=make_collector() if collector is None else collector,
+        latency_estimator=FormulaLatency(),
+        args=make_args(output_dir, **kwargs),
+        train_dataset=make_dataset(num_rows),
+        eval_dataset=make_dataset(num_eval_rows, "validation"),
+        **trainer_kwargs,
+    )
+
+
+def reward_of(question_type: str, setting: KnobSetting, budget_ms: float) -> float:
+    accuracy = float(is_answered(question_type, setting))
+    return total_reward([accuracy], [latency_of(setting)], [budget_ms], [SPACE.normalized(setting)]).item()
+
+
+def best_reward(question_type: str, budget_ms: float) -> float:
+    """The reward of the best setting, by brute force."""
+    return max(reward_of(question_type, setting, budget_ms) for setting in SPACE)
