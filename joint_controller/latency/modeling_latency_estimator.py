@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from ..knobs import KnobSetting
@@ -100,9 +100,10 @@ class LatencyEstimatorModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
+        # What a folder lacks becomes zeros, which are refused at use; what was loaded stays as it is.
         if module is self:
             for coefficients in self.parameters():
-                coefficients.data.zero_()
+                initialization.zeros_(coefficients)
 
     @torch.no_grad()
     def forward(
