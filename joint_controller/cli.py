@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from subprocess import CalledProcessError
+from types import ModuleType
 
 from .version import __version__
 
@@ -26,11 +27,11 @@ COMMANDS = {
     ),
     "profile": (
         "time the executor on this machine over the knob grid",
-        "--model_path embedded --output_path profile.parquet",
+        "--model_path embedded --output_dir outputs/profile",
     ),
     "fit-latency": (
         "fit a latency estimator to profiled times",
-        "--profile_path profile.parquet --output_dir latency",
+        "--profile_path outputs/profile --output_dir outputs/latency",
     ),
     "sweep": (
         "evaluate a controller and static settings over latency budgets",
@@ -89,8 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch_options, script_argv = _split_launch_options(script_argv)
         if launch_options.num_processes is not None or launch_options.accelerate_config is not None:
             return guard("joint-controller train", lambda: _launch(launch_options, script_argv))
-    script = importlib.import_module(f"joint_controller.scripts.{options.command.replace('-', '_')}")
+    script = import_script(options.command)
     return run_script(options.command, script.make_parser, script.main, script_argv)
+
+
+def import_script(command: str) -> ModuleType:
+    """The module of a subcommand's script, e.g. `joint_controller.scripts.fit_latency` for `"fit-latency"`."""
+    return importlib.import_module(f"joint_controller.scripts.{command.replace('-', '_')}")
 
 
 def _split_launch_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
