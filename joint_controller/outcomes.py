@@ -5,14 +5,19 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pyarrow.parquet
+import torch
 from datasets import Dataset, Features, Value
 
 from .executor import ExecutorOutput, ExecutorRequest, MolmoExecutor
 from .knobs import KnobSetting
+
+
+if TYPE_CHECKING:
+    from .latency import LatencyEstimatorModel
 
 
 OUTCOME_FEATURES = Features(
@@ -23,6 +28,7 @@ OUTCOME_FEATURES = Features(
         "num_blocks": Value("int32"),
         "answer": Value("string"),
         "accuracy": Value("float64"),
+        "num_views": Value("int32"),
         "vision_tokens": Value("int32"),
         "text_tokens": Value("int32"),
         "output_tokens": Value("int32"),
@@ -46,6 +52,8 @@ class Outcome:
             The executor's answer.
         accuracy (`float`):
             Score of the answer, from 0 to 1.
+        num_views (`int`):
+            Views that the image was encoded in: the global one and the crops.
         vision_tokens (`int`):
             Tokens that stood for the image.
         text_tokens (`int`):
@@ -58,9 +66,30 @@ class Outcome:
     setting: KnobSetting
     answer: str
     accuracy: float
+    num_views: int
     vision_tokens: int
     text_tokens: int
     output_tokens: int
+
+
+def predict_latency_ms(latency_estimator: "LatencyEstimatorModel", outcomes: Sequence[Outcome]) -> torch.Tensor:
+    """
+    Estimated latency of requests whose outcome is known.
+
+    Args:
+        latency_estimator ([`LatencyEstimatorModel`]):
+            Estimator.
+        outcomes (`Sequence[Outcome]`):
+            Settings and token counts of n requests.
+
+    Returns:
+        `torch.Tensor`: ms, of shape (n,), on the CPU.
+    """
+    counts = {
+        name: torch.tensor([getattr(outcome, name) for outcome in outcomes])
+        for name in ("num_views", "vision_tokens", "text_tokens", "output_tokens")
+    }
+    return latency_estimator.predict_latency_ms([outcome.setting for outcome in outcomes], **counts).cpu()
 
 
 class OutcomeStore:
@@ -159,6 +188,7 @@ class OutcomeStore:
                 **outcome.setting.to_dict(),
                 "answer": outcome.answer,
                 "accuracy": outcome.accuracy,
+                "num_views": outcome.num_views,
                 "vision_tokens": outcome.vision_tokens,
                 "text_tokens": outcome.text_tokens,
                 "output_tokens": outcome.output_tokens,
@@ -280,6 +310,7 @@ class OutcomeCollector:
                         setting=output.setting,
                         answer=output.answer,
                         accuracy=self.score(output.answer, answers[output.sample_id]),
+                        num_views=output.num_views,
                         vision_tokens=output.vision_tokens,
                         text_tokens=output.text_tokens,
                         output_tokens=output.output_tokens,

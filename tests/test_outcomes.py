@@ -21,7 +21,7 @@ OTHER = KnobSetting("high", 4, 4)
 
 
 def outcome(sample_id, setting=SETTING, answer="red", accuracy=1 / 3):
-    return Outcome(sample_id, setting, answer, accuracy, vision_tokens=44, text_tokens=15, output_tokens=2)
+    return Outcome(sample_id, setting, answer, accuracy, num_views=2, vision_tokens=44, text_tokens=15, output_tokens=2)
 
 
 def test_outcomes_are_found_again_by_sample_and_setting(tmp_path):
@@ -134,7 +134,7 @@ from joint_controller import KnobSetting
 from joint_controller.outcomes import Outcome, OutcomeStore
 store = OutcomeStore(sys.argv[1], "executor")
 for shard in range(100_000):
-    store.add([Outcome(f"{sys.argv[2]}-{shard}-{row}", KnobSetting("low", 2, 3), "red", 1.0, 44, 15, 2) for row in range(50)])
+    store.add([Outcome(f"{sys.argv[2]}-{shard}-{row}", KnobSetting("low", 2, 3), "red", 1.0, 2, 44, 15, 2) for row in range(50)])
     print(shard, flush=True)
     if shard % 10 == 9:
         store.reload()

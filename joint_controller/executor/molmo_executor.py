@@ -52,6 +52,8 @@ class EncodedSample:
             Projected features that enter the sequence; those that overlap and are dropped are not kept.
         image_input_idx (`torch.LongTensor` of shape `(N,)`):
             Position of each feature in the prompt.
+        num_views (`int`):
+            As in [`ExecutorOutput`].
         vision_tokens (`int`):
             As in [`ExecutorOutput`].
     """
@@ -59,6 +61,7 @@ class EncodedSample:
     input_ids: torch.LongTensor
     image_features: torch.Tensor
     image_input_idx: torch.LongTensor
+    num_views: int
     vision_tokens: int
 
     @property
@@ -376,6 +379,7 @@ class MolmoExecutor:
             input_ids=input_ids.to(self.device),
             image_features=features.flatten(0, 2)[enters.to(self.device)],
             image_input_idx=positions[enters].to(self.device),
+            num_views=inputs["pixel_values"].shape[1],
             vision_tokens=int(torch.isin(input_ids, image_tokens).sum()),
         )
 
@@ -524,6 +528,7 @@ class MolmoExecutor:
                         sample_id=requests[position].sample_id,
                         setting=setting,
                         answer=self.decode(tokens),
+                        num_views=encoded[position].num_views,
                         vision_tokens=encoded[position].vision_tokens,
                         text_tokens=len(encoded[position].input_ids) - encoded[position].vision_tokens,
                         output_tokens=len(tokens),
@@ -610,7 +615,7 @@ class MolmoExecutor:
             vision_tokens=encoded.vision_tokens,
             text_tokens=len(encoded.input_ids) - encoded.vision_tokens,
             output_tokens=1 + len(decode_ms),
-            num_views=inputs["pixel_values"].shape[1],
+            num_views=encoded.num_views,
         )
 
     def _now_ms(self) -> float:

@@ -44,6 +44,8 @@ class ExecutorOutput:
             Setting of the request.
         answer (`str`):
             Decoded answer, without surrounding blanks.
+        num_views (`int`):
+            Views that the tower encoded: the global one and the crops.
         vision_tokens (`int`):
             Tokens that stand for the image: start, patch, column and end tokens.
         text_tokens (`int`):
@@ -55,6 +57,7 @@ class ExecutorOutput:
     sample_id: str
     setting: KnobSetting
     answer: str
+    num_views: int
     vision_tokens: int
     text_tokens: int
     output_tokens: int
@@ -81,7 +84,7 @@ class StageTimes:
         output_tokens (`int`):
             As in [`ExecutorOutput`].
         num_views (`int`):
-            Views that the tower encoded: the global one and the crops.
+            As in [`ExecutorOutput`].
     """
 
     image_processing_ms: float

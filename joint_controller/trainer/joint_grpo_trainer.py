@@ -27,12 +27,12 @@ from ..data import draw_budget
 from ..executor import ExecutorRequest
 from ..knobs import build_action_tokenizer
 from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector
+from ..outcomes import OutcomeCollector, predict_latency_ms
 from ..rewards import REWARD_FUNCTIONS
 from .checkpoints import last_complete_checkpoint
 from .joint_grpo_config import JointGRPOConfig
 from .latency_budgets import resolve_latency_budgets
-from .rollout import FeatureCache, Sample, collect_outcomes, draw_action_noise, predict_latency_ms
+from .rollout import FeatureCache, Sample, collect_outcomes, draw_action_noise
 
 
 logger = logging.get_logger(__name__)

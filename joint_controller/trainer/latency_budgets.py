@@ -6,9 +6,9 @@ import torch
 from datasets import Dataset
 
 from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector
+from ..outcomes import OutcomeCollector, predict_latency_ms
 from .joint_grpo_config import JointGRPOConfig
-from .rollout import collect_outcomes, predict_latency_ms
+from .rollout import collect_outcomes
 
 
 NUM_PROBES = 64

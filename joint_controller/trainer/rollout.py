@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from datasets import Image
 
 from ..knobs import KnobSetting
-from ..latency import LatencyEstimatorModel
 from ..outcomes import Outcome, OutcomeCollector
 
 
@@ -133,24 +132,3 @@ def collect_outcomes(
             state.wait_for_everyone()
             collector.store.reload()
     return collector.collect(samples, settings)
-
-
-def predict_latency_ms(latency_estimator: LatencyEstimatorModel, outcomes: Sequence[Outcome]) -> torch.Tensor:
-    """
-    Estimated latency of requests whose outcome is known.
-
-    Args:
-        latency_estimator ([`LatencyEstimatorModel`]):
-            Estimator.
-        outcomes (`Sequence[Outcome]`):
-            Settings and token counts of n requests.
-
-    Returns:
-        `torch.Tensor`: ms, of shape (n,), on the CPU.
-    """
-    return latency_estimator.predict_latency_ms(
-        [outcome.setting for outcome in outcomes],
-        vision_tokens=torch.tensor([outcome.vision_tokens for outcome in outcomes]),
-        text_tokens=torch.tensor([outcome.text_tokens for outcome in outcomes]),
-        output_tokens=torch.tensor([outcome.output_tokens for outcome in outcomes]),
-    ).cpu()

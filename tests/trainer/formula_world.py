@@ -58,7 +58,7 @@ class FormulaExecutor:
         outputs = []
         for request in requests:
             answer = "yes" if is_answered(request.question.split()[0], request.setting) else "no"
-            outputs.append(ExecutorOutput(request.sample_id, request.setting, answer, 16, 8, 2))
+            outputs.append(ExecutorOutput(request.sample_id, request.setting, answer, 2, 16, 8, 2))
         if on_batch is not None:
             on_batch(outputs)
         return outputs
@@ -67,7 +67,7 @@ class FormulaExecutor:
 class FormulaLatency:
     """A latency estimator whose estimates are `latency_of`."""
 
-    def predict_latency_ms(self, settings, vision_tokens, text_tokens, output_tokens):
+    def predict_latency_ms(self, settings, num_views, vision_tokens, text_tokens, output_tokens):
         return torch.tensor([latency_of(setting) for setting in settings])
 
 

@@ -1,0 +1,112 @@
+"""Ways to choose a knob setting for a request: the controller, and the baselines that it is compared with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..controller import JointControllerModel
+from ..executor import ExecutorRequest, MolmoExecutor
+from ..knobs import KnobSetting, KnobSpace
+
+
+class Policy(Protocol):
+    """
+    Anything with a name and a choice of settings.
+
+    Attributes:
+        name (`str`):
+            Name in tables and files.
+    """
+
+    name: str
+
+    def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
+        """One setting for each sample, all under one budget in ms."""
+        ...
+
+
+class ControllerPolicy:
+    """
+    The controller's most likely choice: stage 1 takes the tier, stage 2 the rest after it has seen the image at that tier.
+
+    Args:
+        controller ([`JointControllerModel`]):
+            The controller, moved to evaluation mode.
+        executor ([`MolmoExecutor`]):
+            Gives the features of questions and images.
+        name (`str`, *optional*, defaults to `"controller"`):
+            Name in tables.
+    """
+
+    def __init__(self, controller: JointControllerModel, executor: MolmoExecutor, name: str = "controller"):
+        self.controller = controller.eval()
+        self.executor = executor
+        self.name = name
+
+    @torch.no_grad()
+    def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
+        device = self.controller.device
+        space = self.controller.knob_space
+        budgets = torch.full((len(samples),), float(latency_budget_ms), device=device)
+        questions = self.executor.question_features([sample["question"] for sample in samples]).to(device)
+        tier_index = self.controller.stage1(questions, budgets).argmax(dim=-1)
+        vision = torch.empty(len(samples), self.executor.hidden_size, device=device)
+        for index, tier in enumerate(space.tier_crops):
+            rows = (tier_index == index).nonzero().flatten().tolist()
+            if rows:
+                requests = [
+                    _request(samples[row], KnobSetting(tier, space.top_k[0], space.num_blocks[0])) for row in rows
+                ]
+                vision[rows] = self.executor.vision_features(requests, tier).to(device)
+        top_k_logits, num_blocks_logits = self.controller.stage2(vision, questions, budgets, tier_index)
+        choices = torch.stack([tier_index, top_k_logits.argmax(dim=-1), num_blocks_logits.argmax(dim=-1)], dim=1)
+        return [space.setting(indices) for indices in choices.tolist()]
+
+
+class StaticPolicy:
+    """
+    One setting for all requests of a budget.
+
+    Args:
+        settings (`Mapping[float, KnobSetting]` or `KnobSetting`):
+            The setting, or the setting for each budget in ms.
+        name (`str`):
+            Name in tables.
+    """
+
+    def __init__(self, settings: Mapping[float, KnobSetting] | KnobSetting, name: str):
+        self.settings = settings
+        self.name = name
+
+    def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
+        setting = self.settings if isinstance(self.settings, KnobSetting) else self.settings[latency_budget_ms]
+        return [setting] * len(samples)
+
+
+class RandomPolicy:
+    """
+    A uniformly random setting for each request, whatever its budget.
+
+    Args:
+        space ([`KnobSpace`]):
+            Settings to choose from.
+        seed (`int`, *optional*, defaults to 42):
+            Seed. A sample gets the same setting under every budget, so that budgets are compared on equal terms.
+        name (`str`, *optional*, defaults to `"random"`):
+            Name in tables.
+    """
+
+    def __init__(self, space: KnobSpace, seed: int = 42, name: str = "random"):
+        self.settings = list(space)
+        self.seed = seed
+        self.name = name
+
+    def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
+        choices = np.random.default_rng(self.seed).integers(len(self.settings), size=len(samples))
+        return [self.settings[choice] for choice in choices]
+
+
+def _request(sample: Mapping[str, Any], setting: KnobSetting) -> ExecutorRequest:
+    return ExecutorRequest(sample["sample_id"], sample["image"], sample["question"], sample["style"], setting)
