@@ -36,6 +36,10 @@ from .requests import ExecutorOutput, ExecutorRequest, StageTimes
 EMBEDDED = "embedded"
 """Name that stands for the executor that ships with the package."""
 
+VIEWS_PER_PASS = 32
+"""Views that go through the tower at once. On a CPU more of them leave its caches and take up to a third longer each
+(4.4 against 6.4 ms with the embedded executor's tower); a GPU is busy with fewer."""
+
 IMPORTANCE_FILE = "importance.json"
 """Name of the importance scores in a model folder."""
 
@@ -366,9 +370,15 @@ class MolmoExecutor:
         """Features of the views of all inputs, one input's behind the other's: `(1, views, T, hidden)`."""
         pixel_values = torch.cat([one["pixel_values"] for one in inputs], dim=1)
         image_masks = torch.cat([one["image_masks"] for one in inputs], dim=1)
-        return self.model.get_image_features(
-            pixel_values.to(self.device, self.model.dtype), image_masks.to(self.device, self.model.dtype)
-        )
+        features = [
+            self.model.get_image_features(
+                pixels.to(self.device, self.model.dtype), masks.to(self.device, self.model.dtype)
+            )
+            for pixels, masks in zip(
+                pixel_values.split(VIEWS_PER_PASS, dim=1), image_masks.split(VIEWS_PER_PASS, dim=1), strict=True
+            )
+        ]
+        return torch.cat(features, dim=1)
 
     def _encoded_sample(self, inputs: BatchFeature, features: torch.Tensor) -> EncodedSample:
         input_ids = inputs["input_ids"][0]

@@ -86,6 +86,7 @@ def test_answers_of_a_mixed_batch_equal_those_of_generate_one_by_one(executor, r
             *size, tier=request.setting.tier, tier_crops=executor.knob_space.tier_crops
         )
         assert output.vision_tokens + output.text_tokens == inputs["input_ids"].shape[1]
+        assert output.num_views == inputs["pixel_values"].shape[1]
 
 
 def test_answers_end_at_the_end_of_sequence_token_at_different_lengths(
