@@ -199,7 +199,9 @@ class JointGRPOTrainer(GRPOTrainer):
         # TRL loads the reference model from the Hub by its name; ours is a copy of the controller as it was given. It is
         # made first, since TRL binds a new `forward` to the instance, which a copy would share.
         reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta != 0.0 else None
-        model.generation_config = GenerationConfig()  # TRL writes token ids into it
+        # TRL and transformers keep the token ids of model and tokenizer in step, here as for a language model.
+        model.config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
         beta, args.beta = args.beta, 0.0
         try:
             super().__init__(
@@ -485,6 +487,11 @@ class JointGRPOTrainer(GRPOTrainer):
                     f"no complete checkpoint in '{self.args.output_dir}' to resume from: training from the first step."
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        # transformers would take one step more when a run that had ended inside an epoch is resumed.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
 
 def _check_dataset(dataset: Dataset, name: str) -> None:

@@ -133,3 +133,14 @@ def test_the_same_seed_gives_the_same_controller_and_another_seed_another(tmp_pa
     assert state["global_step"] == 24
     with pytest.raises(AssertionError):
         assert_same_controller(other.model, uninterrupted.model)
+
+
+def test_resuming_a_run_that_had_ended_changes_nothing(tmp_path):
+    run = {**RUN, "max_steps": 20}  # ends inside an epoch
+    ended = make_trainer(tmp_path, collector=make_collector(tmp_path / "outcomes"), **run)
+    ended.train()
+    again = make_trainer(tmp_path, collector=make_collector(tmp_path / "outcomes"), **run)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 20
+    assert_same_controller(again.model, ended.model)
+    assert again.collector.num_executed == 0
