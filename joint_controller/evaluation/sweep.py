@@ -220,8 +220,8 @@ def sweep_to_dataset(rows: Sequence[SweepRow]) -> Dataset:
 def format_sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
     """The sweep as a table for the console."""
     table = Table(title=title)
-    for heading in ("budget", "policy", "reward", "accuracy", "latency (ms)", "violations", "most common setting"):
-        table.add_column(heading, justify="left" if heading in ("policy", "most common setting") else "right")
+    for heading in ("budget", "policy", "reward", "accuracy", "latency", "violations"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
     previous = None
     for row in rows:
         if previous is not None and row.latency_budget_ms != previous:
@@ -232,9 +232,8 @@ def format_sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
             row.policy,
             f"{row.reward:.3f}",
             f"{row.accuracy:.3f}",
-            f"{row.latency_ms:.1f}",
+            f"{row.latency_ms:.1f} ms",
             f"{row.budget_violation_rate:.1%}",
-            f"{row.most_common_setting} ({row.most_common_share:.0%})",
         )
         previous = row.latency_budget_ms
     return table

@@ -1,0 +1,265 @@
+"""`joint-controller train`, from the command line to the files it leaves."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from joint_controller import JointControllerModel, LatencyEstimatorConfig, LatencyEstimatorModel
+from joint_controller.cli import main
+from joint_controller.latency import executor_shape
+from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE, SWEEP_FILE
+
+
+ROWS = 24
+FEATURES = Features(
+    {
+        "sample_id": Value("string"),
+        "image": {"bytes": Value("binary"), "path": Value("string")},
+        "question": Value("string"),
+        "answers": List(Value("string")),
+    }
+)
+
+
+def noise_rows(split):
+    generator = np.random.default_rng(len(split))
+    rows = []
+    for row in range(ROWS):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(buffer, format="PNG")
+        rows.append(
+            {
+                "sample_id": f"{split}/{row}",
+                "image": {"bytes": buffer.getvalue(), "path": None},
+                "question": ["what color is the star?", "is the circle left of the star?"][row % 2],
+                "answers": ["red"],
+            }
+        )
+    return rows
+
+
+def write_data(folder, change=None):
+    """Parquet files of three splits; `change` alters the rows of the training split."""
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = noise_rows(split)
+        features = FEATURES
+        if change is not None and split == "train":
+            rows, features = change(rows)
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_molmo, tiny_processor):
+    """An executor with random weights, an estimator of its latency, and data."""
+    root = tmp_path_factory.mktemp("train")
+    tiny_molmo.save_pretrained(root / "executor")
+    tiny_processor.save_pretrained(root / "executor")
+    estimator = LatencyEstimatorModel(
+        LatencyEstimatorConfig(
+            fitted_knobs={"tier": ["low", "medium", "high"], "top_k": [1, 4], "num_blocks": [1, 4]},
+            executor_shape=executor_shape(tiny_molmo.config),
+        )
+    )
+    estimator.vision_coefficients.data[1] = 1.0
+    estimator.llm_prefill_coefficients.data[1] = 1.0
+    estimator.decode_coefficients.data[2] = 1.0
+    estimator.save_pretrained(root / "estimator")
+    write_data(root / "data")
+    return root
+
+
+@pytest.fixture
+def recipe(folders, tmp_path):
+    """Writes a recipe with the given changes and returns its path; the run goes to `tmp_path / "run"`."""
+
+    def write(**changes):
+        fields = {
+            "model_path": str(folders / "executor"),
+            "latency_estimator_path": str(folders / "estimator"),
+            "dataset_names": [str(folders / "data")],
+            "output_dir": str(tmp_path / "run"),
+            "top_k_values": [1, 4],
+            "num_blocks_values": [2, 4],
+            "max_new_tokens": 2,
+            "max_static_samples": 4,
+            "precompute_outcomes": True,
+            "latency_budget_min_ms": 10.0,
+            "latency_budget_max_ms": 40.0,
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_steps": 4,
+            "eval_on_start": True,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "sweep_budget_fractions": [0.7, 1.0],
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in fields.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+def error_of(capsys, argv):
+    """The one line of an error, from a command that must fail."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("joint-controller train: error:")
+    ]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_leaves_controller_log_outcomes_and_sweep(recipe, tmp_path, capsys):
+    assert main(["train", "--config", recipe()]) == 0
+    run = tmp_path / "run"
+    controller = JointControllerModel.from_pretrained(run)
+    assert controller.knob_space.num_blocks == (2, 4)
+    best = max(
+        json.loads((checkpoint / "trainer_state.json").read_text())["best_global_step"]
+        for checkpoint in run.glob("checkpoint-*")
+    )
+    for name, value in load_file(run / f"checkpoint-{best}" / "model.safetensors").items():
+        assert torch.equal(controller.state_dict()[name], value)
+
+    log = (run / LOG_FILE).read_text()
+    entries = [json.loads(line[line.index("{") :]) for line in log.splitlines() if line.endswith("}")]
+    assert [entry["step"] for entry in entries if "eval_reward" in entry] == [0, 2, 4]
+    for entry in entries:
+        if "eval_reward" in entry:
+            assert {"eval_accuracy", "eval_latency_ms", "eval_budget_violation_rate"} <= entry.keys()
+    assert any("rewards/accuracy_reward/mean" in entry for entry in entries)
+
+    sweep = Dataset.from_parquet(str(run / SWEEP_FILE))
+    assert set(sweep["policy"]) == {"controller", "best static", "full", "untrained", "random"}
+    assert len(sweep) == 2 * 5
+    results = json.loads((run / RESULTS_FILE).read_text())
+    assert set(results["eval_reward_mean_over_budgets"]) == set(sweep["policy"])
+    assert "controller" in (run / "README.md").read_text()
+    assert "best static" in capsys.readouterr().out
+    outcomes = Dataset.from_parquet([str(path) for path in (run / "outcomes").glob("*.parquet")])
+    keys = set(zip(outcomes["sample_id"], outcomes["tier"], outcomes["top_k"], outcomes["num_blocks"], strict=True))
+    assert len(keys) == len(outcomes)
+    assert sum(sample_id.startswith("train/") for sample_id in outcomes["sample_id"]) == ROWS * 3 * 2 * 2
+
+
+def test_a_finished_run_is_not_overwritten_and_resuming_it_runs_nothing_again(recipe, tmp_path, capsys):
+    path = recipe()
+    assert main(["train", "--config", path]) == 0
+    before = load_file(tmp_path / "run" / "model.safetensors")
+    assert "holds another run" in error_of(capsys, ["train", "--config", path])
+    assert main(["train", "--config", path, "--resume_from_checkpoint", "true"]) == 0
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "run" / RESULTS_FILE).read_text())["num_executed"] == 0
+
+
+def test_two_runs_with_one_seed_give_the_same_numbers(recipe, tmp_path):
+    runs = []
+    for name in ("one", "two"):
+        assert main(["train", "--config", recipe(output_dir=str(tmp_path / name))]) == 0
+        runs.append((load_file(tmp_path / name / "model.safetensors"), (tmp_path / name / RESULTS_FILE).read_text()))
+    assert all(torch.equal(runs[0][0][key], runs[1][0][key]) for key in runs[0][0])
+    assert runs[0][1] == runs[1][1]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_folder(recipe, capsys, tmp_path):
+    message = error_of(capsys, ["train", "--config", recipe(model_path="/no/such/folder")])
+    assert "'/no/such/folder' does not exist" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_tensor(recipe, folders, capsys, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders / "executor", damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.vision_backbone.pad_embed"]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    message = error_of(capsys, ["train", "--config", recipe(model_path=str(damaged))])
+    assert "missing tensors: " in message and "pad_embed" in message and str(damaged) in message
+
+
+def test_an_unknown_field(recipe, capsys):
+    path = recipe(lerning_rate=1e-3)
+    message = error_of(capsys, ["train", "--config", path])
+    assert "unknown field `lerning_rate`" in message and path in message and "`learning_rate`" in message
+    assert "unknown flag `--lerning_rate`" in error_of(capsys, ["train", "--config", recipe(), "--lerning_rate", "1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"top_k_values": [4, 9]}, "knob `top_k` has the value 9 but the executor has 8 experts"),
+        ({"num_blocks_values": [4, 5]}, "knob `num_blocks` has the value 5 but the executor has 4 blocks"),
+        ({"tiers": ["low", "huge"]}, "unknown values ['huge']"),
+        ({"top_k_values": [1, 8]}, "`top_k` is 8 but the latency estimator was fitted on 1 to 4"),
+    ],
+)
+def test_knob_values_outside_the_checkpoint(recipe, capsys, change, expected):
+    assert expected in error_of(capsys, ["train", "--config", recipe(**change)])
+
+
+def without_questions(rows):
+    features = Features({name: feature for name, feature in FEATURES.items() if name != "question"})
+    return [{name: value for name, value in row.items() if name != "question"} for row in rows], features
+
+
+def with_a_corrupt_image(rows):
+    rows[17]["image"]["bytes"] = rows[17]["image"]["bytes"][:60]
+    return rows, FEATURES
+
+
+def without_answers(rows):
+    rows[5]["answers"] = []
+    return rows, FEATURES
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (without_questions, ["no column 'question'"]),
+        (with_a_corrupt_image, ["row 17", "'image'", "cannot be decoded"]),
+        (without_answers, ["row 5", "'answers'"]),
+    ],
+)
+def test_data_that_cannot_be_used(recipe, capsys, tmp_path, change, expected):
+    data = write_data(tmp_path / "broken", change)
+    message = error_of(capsys, ["train", "--config", recipe(dataset_names=[str(data)])])
+    assert str(data) in message
+    assert all(part in message for part in expected)
+
+
+def test_a_budget_range_that_no_setting_can_meet(recipe, capsys):
+    message = error_of(capsys, ["train", "--config", recipe(latency_budget_min_ms=1.0, latency_budget_max_ms=2.0)])
+    assert "no setting can meet it" in message and "latency_budget_min_ms" in message
+
+
+def test_an_executor_without_a_latency_estimator(recipe, capsys):
+    message = error_of(capsys, ["train", "--config", recipe(latency_estimator_path=None)])
+    assert "--latency_estimator_path fit" in message
+
+
+def test_an_estimator_of_another_executor(recipe, capsys, folders, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folders / "estimator", other)
+    config = json.loads((other / "config.json").read_text())
+    config["executor_shape"]["text_config.hidden_size"] = 2048
+    (other / "config.json").write_text(json.dumps(config))
+    message = error_of(capsys, ["train", "--config", recipe(latency_estimator_path=str(other))])
+    assert "text_config.hidden_size 2048 there, 32 here" in message
