@@ -12,7 +12,7 @@ from ..knobs import KnobSetting
 from ..latency import LatencyEstimatorModel
 from ..outcomes import OutcomeCollector, predict_latency_ms
 from ..rewards import DEFAULT_REWARD_WEIGHTS, total_reward
-from .policies import Policy
+from .policies import Policy, RandomPolicy, StaticPolicy
 
 
 MAX_VIOLATION_RATE = 0.05
@@ -124,6 +124,40 @@ class StaticSettings:
                 f"{self.latency_ms.mean(axis=0).min():.3f} ms. Raise the budget."
             )
         return self.settings[int(np.where(fits, self.mean_rewards(latency_budget_ms), -np.inf).argmax())]
+
+
+def baseline_policies(
+    collector: OutcomeCollector,
+    latency_estimator: LatencyEstimatorModel,
+    samples: Sequence[Mapping[str, Any]],
+    budgets_ms: Sequence[float],
+    reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
+    seed: int = 42,
+    progress: bool = False,
+) -> list[Policy]:
+    """
+    What a controller is compared with: the best static setting of each budget (`"best static"`), the full setting
+    (`"full"`) and random settings (`"random"`).
+
+    Args:
+        collector ([`OutcomeCollector`]), latency_estimator ([`LatencyEstimatorModel`]), samples (`Sequence[dict]`):
+            As in [`StaticSettings`]: the static settings are chosen on training samples.
+        budgets_ms (`Sequence[float]`):
+            Budgets, in ms.
+        reward_weights (`Sequence[float]`, *optional*, defaults to `DEFAULT_REWARD_WEIGHTS`):
+            Weights of the reward's terms.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the random settings.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+    """
+    space = collector.executor.knob_space
+    static_settings = StaticSettings(collector, latency_estimator, samples, reward_weights, progress)
+    return [
+        StaticPolicy({budget: static_settings.best(budget) for budget in budgets_ms}, "best static"),
+        StaticPolicy(space.full, "full"),
+        RandomPolicy(space, seed),
+    ]
 
 
 def sweep_budgets(

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING
 
 from ..trainer import JointGRPOConfig
 from . import ScriptParser, run_script
+from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..controller import JointControllerModel
     from ..evaluation.sweep import SweepRow
     from ..executor import MolmoExecutor
     from ..latency import LatencyEstimatorModel
@@ -40,32 +42,16 @@ LOG_FILE = "joint_controller_training.log"
 SWEEP_FILE = "sweep.parquet"
 RESULTS_FILE = "sweep_results.json"
 
+NUM_PROFILED_INPUTS = 12
+"""Training samples that `--latency_estimator_path fit` measures with."""
+
 
 @dataclass
-class TrainArguments:
+class TrainArguments(ExecutorArguments):
     """
     Arguments of `joint-controller train`, beside those of [`JointGRPOConfig`].
     """
 
-    model_path: str = field(
-        default="embedded",
-        metadata={"help": "Executor: a folder or Hub name of a Molmo, or `embedded` for the one that ships."},
-    )
-    importance_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON of block importance scores. By default importance.json in the model folder; without one, the "
-            "first blocks run."
-        },
-    )
-    latency_estimator_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub name of a latency estimator; `fit` measures the executor on this machine and fits one "
-            "first (about a minute). By default the one that ships for the embedded executor, which was measured on two "
-            "CPU cores."
-        },
-    )
     dataset_names: list[str] = field(
         default_factory=lambda: ["easy_vqa", "scenes"],
         metadata={"help": "Data sets: `easy_vqa`, `scenes`, a folder or Parquet files."},
@@ -84,24 +70,6 @@ class TrainArguments:
             "help": "Training samples on which every static setting is tried, to find the best one of each budget."
         },
     )
-    tiers: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Values of the knob `tier`, cheapest first. Default: those of the executor's configuration."
-        },
-    )
-    top_k_values: list[int] | None = field(
-        default=None,
-        metadata={"help": "Values of the knob `top_k`, ascending. Default: those of the executor's configuration."},
-    )
-    num_blocks_values: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Values of the knob `num_blocks`, ascending. Default: those of the executor's configuration."
-        },
-    )
-    max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer, its end included."})
-    executor_batch_size: int = field(default=32, metadata={"help": "Most requests that the executor answers at once."})
     stage1_inputs: str = field(
         default="question_and_budget",
         metadata={
@@ -145,7 +113,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     resume = _resume_from(training_args)
     _check_output_dir(output_dir, resume)
     # What can be refused is refused before anything is loaded, measured or written.
-    executor = _load_executor(script_args)
+    executor = load_executor(script_args)
     train_dataset, eval_dataset, test_dataset = (
         load_vqa_datasets(script_args.dataset_names, split, max_samples, training_args.seed)
         for split, max_samples in (
@@ -166,7 +134,10 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
         len(eval_dataset),
         len(test_dataset),
     )
-    latency_estimator = _load_latency_estimator(script_args, executor, train_dataset, output_dir)
+    if script_args.latency_estimator_path == FIT:
+        latency_estimator = _fit_latency_estimator(executor, train_dataset, output_dir / "latency_estimator")
+    else:
+        latency_estimator = load_latency_estimator(script_args, executor)
     store = OutcomeStore(script_args.outcomes_dir or output_dir / "outcomes", executor.fingerprint)
     if len(store):
         logger.info("%d outcomes are known and will not be computed again.", len(store))
@@ -232,63 +203,23 @@ def _check_output_dir(output_dir: Path, resume: str | bool):
         )
 
 
-def _load_executor(script_args: TrainArguments) -> "MolmoExecutor":
-    from ..executor import MolmoExecutor
-    from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
-
-    executor = MolmoExecutor.from_pretrained(
-        script_args.model_path,
-        importance=script_args.importance_path,
-        max_new_tokens=script_args.max_new_tokens,
-        batch_size=script_args.executor_batch_size,
-    )
-    tier_crops = None
-    if script_args.tiers is not None:
-        known = {**DEFAULT_TIER_CROPS, **executor.knob_space.tier_crops}
-        unknown = [tier for tier in script_args.tiers if tier not in known]
-        if unknown:
-            raise ValueError(f"knob `tier` has unknown values {unknown}: choose from {list(known)}.")
-        tier_crops = {tier: known[tier] for tier in script_args.tiers}
-    executor.knob_space = KnobSpace.from_executor_config(
-        executor.model.config, tier_crops, script_args.top_k_values, script_args.num_blocks_values
-    )
-    return executor
-
-
-def _load_latency_estimator(
-    script_args: TrainArguments, executor: "MolmoExecutor", train_dataset: "Dataset", output_dir: Path
+def _fit_latency_estimator(
+    executor: "MolmoExecutor", train_dataset: "Dataset", folder: Path
 ) -> "LatencyEstimatorModel":
-    from ..latency import LatencyEstimatorModel, embedded_latency_estimator_path, fit_latency_estimator
+    """Measures this machine and fits an estimator; a resumed run goes on with the latencies that it began with."""
+    from ..latency import LatencyEstimatorModel, fit_latency_estimator
     from ..latency.profiling import profile_executor
 
-    path = script_args.latency_estimator_path
-    if path == "fit":
-        fitted = output_dir / "latency_estimator"
-        if (fitted / "config.json").exists():  # a resumed run goes on with the latencies that it began with
-            path = fitted
-        else:
-            logger.info("Measuring the executor on this machine to fit a latency estimator.")
-            profile = profile_executor(executor, train_dataset, time_limit_s=45)
-            estimator, report = fit_latency_estimator(profile)
-            logger.info(
-                "Held-out error of the latency estimator: prefill %.1f %%, decode %.1f %%.",
-                100 * report["prefill"]["mape"],
-                100 * report["decode"]["mape"],
-            )
-            estimator.save_pretrained(fitted)
-            return estimator
-    elif path is None:
-        if script_args.model_path != "embedded":
-            raise ValueError(
-                f"no latency estimator for the executor '{script_args.model_path}': give `--latency_estimator_path fit` "
-                "to measure this machine first, or the folder of an estimator."
-            )
-        path = embedded_latency_estimator_path()
-    elif not Path(path).is_dir() and "/" not in str(path):
-        raise FileNotFoundError(
-            f"`latency_estimator_path` '{path}' does not exist: give the folder of an estimator, or `fit`."
-        )
-    estimator = LatencyEstimatorModel.from_pretrained(path)
+    if not (folder / "config.json").exists():
+        logger.info("Measuring the executor on this machine to fit a latency estimator.")
+        inputs = train_dataset.select(range(min(NUM_PROFILED_INPUTS, len(train_dataset))))
+        estimator, report = fit_latency_estimator(profile_executor(executor, inputs, time_limit_s=45))
+        errors = {stage: 100 * report[stage]["mape"] for stage in ("prefill", "decode")}
+        logger.info("Held-out error of the estimator: prefill %(prefill).1f %%, decode %(decode).1f %%.", errors)
+        if max(errors.values()) > 20:
+            logger.warning("That is a lot: is the machine busy with something else?")
+        estimator.save_pretrained(folder)
+    estimator = LatencyEstimatorModel.from_pretrained(folder)
     estimator.check_executor(executor.model.config)
     return estimator
 
@@ -341,39 +272,40 @@ def _sweep(
     script_args: TrainArguments,
     training_args: JointGRPOConfig,
     trainer: "JointGRPOTrainer",
-    untrained,
+    untrained: "JointControllerModel",
     train_dataset: "Dataset",
     test_dataset: "Dataset",
 ) -> "list[SweepRow]":
-    from ..evaluation.policies import ControllerPolicy, RandomPolicy, StaticPolicy
-    from ..evaluation.sweep import StaticSettings, sweep_budgets
+    from ..evaluation.policies import ControllerPolicy
+    from ..evaluation.sweep import baseline_policies, sweep_budgets
 
-    collector, latency_estimator = trainer.collector, trainer.latency_estimator
+    executor = trainer.collector.executor
+    controller = trainer.accelerator.unwrap_model(trainer.model)
     full_setting_ms = trainer.latency_budgets.full_setting_ms
-    budgets = [fraction * full_setting_ms for fraction in script_args.sweep_budget_fractions]
-    weights = training_args.reward_weights
+    common = (trainer.collector, trainer.latency_estimator)
     logger.info("Trying every static setting on training samples, to find the best one of each budget.")
     static_samples = list(train_dataset.select(range(min(script_args.max_static_samples, len(train_dataset)))))
-    static_settings = StaticSettings(collector, latency_estimator, static_samples, weights, progress=True)
-    best_static = {budget: static_settings.best(budget) for budget in budgets}
-    executor = collector.executor
-    controller = trainer.accelerator.unwrap_model(trainer.model)
+    baselines = baseline_policies(
+        *common,
+        static_samples,
+        [fraction * full_setting_ms for fraction in script_args.sweep_budget_fractions],
+        training_args.reward_weights,
+        training_args.seed,
+        progress=True,
+    )
     policies = [
         ControllerPolicy(controller, executor),
-        StaticPolicy(best_static, "best static"),
-        StaticPolicy(executor.knob_space.full, "full"),
+        *baselines,
         ControllerPolicy(untrained.to(controller.device), executor, "untrained"),
-        RandomPolicy(executor.knob_space, training_args.seed),
     ]
     logger.info("Evaluating on %d test samples.", len(test_dataset))
     return sweep_budgets(
         policies,
-        collector,
-        latency_estimator,
+        *common,
         list(test_dataset),
         script_args.sweep_budget_fractions,
         full_setting_ms,
-        weights,
+        training_args.reward_weights,
         progress=True,
     )
 

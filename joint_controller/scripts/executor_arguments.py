@@ -1,0 +1,116 @@
+"""The executor and its latency estimator, as the arguments of several scripts name them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ..executor import MolmoExecutor
+    from ..latency import LatencyEstimatorModel
+
+
+FIT = "fit"
+"""Value of `latency_estimator_path` that asks for a measurement of this machine."""
+
+
+@dataclass
+class ExecutorArguments:
+    """
+    Arguments that choose the executor, the values of its knobs, and the estimator of its latency.
+    """
+
+    model_path: str = field(
+        default="embedded",
+        metadata={"help": "Executor: a folder or Hub name of a Molmo, or `embedded` for the one that ships."},
+    )
+    importance_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON of block importance scores. By default importance.json in the model folder; without one, the "
+            "first blocks run."
+        },
+    )
+    latency_estimator_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub name of a latency estimator; `fit` measures the executor on this machine and fits one "
+            "first (about a minute). By default the one that ships for the embedded executor, which was measured on two "
+            "CPU cores."
+        },
+    )
+    tiers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Values of the knob `tier`, cheapest first. Default: those of the executor's configuration."
+        },
+    )
+    top_k_values: list[int] | None = field(
+        default=None,
+        metadata={"help": "Values of the knob `top_k`, ascending. Default: those of the executor's configuration."},
+    )
+    num_blocks_values: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Values of the knob `num_blocks`, ascending. Default: those of the executor's configuration."
+        },
+    )
+    max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer, its end included."})
+    executor_batch_size: int = field(default=16, metadata={"help": "Most requests that the executor answers at once."})
+
+
+def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
+    """
+    Loads the executor with the knob values that are asked for.
+
+    Raises:
+        FileNotFoundError: If the model cannot be found.
+        ValueError: If the checkpoint is incomplete or lacks a knob value.
+    """
+    from ..executor import MolmoExecutor
+    from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
+
+    executor = MolmoExecutor.from_pretrained(
+        args.model_path,
+        importance=args.importance_path,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.executor_batch_size,
+    )
+    tier_crops = None
+    if args.tiers is not None:
+        known = {**DEFAULT_TIER_CROPS, **executor.knob_space.tier_crops}
+        unknown = [tier for tier in args.tiers if tier not in known]
+        if unknown:
+            raise ValueError(f"knob `tier` has unknown values {unknown}: choose from {list(known)}.")
+        tier_crops = {tier: known[tier] for tier in args.tiers}
+    executor.knob_space = KnobSpace.from_executor_config(
+        executor.model.config, tier_crops, args.top_k_values, args.num_blocks_values
+    )
+    return executor
+
+
+def load_latency_estimator(args: ExecutorArguments, executor: "MolmoExecutor") -> "LatencyEstimatorModel":
+    """
+    Loads the latency estimator that `latency_estimator_path` names (any value but `fit`).
+
+    Raises:
+        FileNotFoundError: If it cannot be found.
+        ValueError: If there is none, or it was fitted on an executor of other sizes or on other knob values.
+    """
+    from ..latency import LatencyEstimatorModel, embedded_latency_estimator_path
+
+    path = args.latency_estimator_path
+    if path is None:
+        if args.model_path != "embedded":
+            raise ValueError(
+                f"no latency estimator for the executor '{args.model_path}': give `--latency_estimator_path {FIT}` to "
+                "measure this machine first, or the folder of an estimator."
+            )
+        path = embedded_latency_estimator_path()
+    elif not Path(path).is_dir() and "/" not in str(path):
+        raise FileNotFoundError(
+            f"`latency_estimator_path` '{path}' does not exist: give the folder of an estimator, or `{FIT}`."
+        )
+    estimator = LatencyEstimatorModel.from_pretrained(path)
+    estimator.check_executor(executor.model.config)
+    return estimator

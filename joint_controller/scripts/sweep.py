@@ -1,0 +1,114 @@
+"""
+Evaluates a trained controller over latency budgets, beside static and random settings.
+
+```bash
+joint-controller sweep --controller_path outputs/easy_vqa --output_dir outputs/sweep
+```
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import ScriptParser, run_script
+from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
+
+
+SWEEP_FILE = "sweep.parquet"
+
+
+@dataclass
+class SweepArguments(ExecutorArguments):
+    """
+    Arguments of `joint-controller sweep`. Knob values are the controller's.
+    """
+
+    controller_path: str = field(default="", metadata={"help": "Folder or Hub name of the controller. Required."})
+    output_dir: str = field(default="", metadata={"help": "New folder for the table (sweep.parquet). Required."})
+    dataset_names: list[str] = field(
+        default_factory=lambda: ["easy_vqa", "scenes"],
+        metadata={"help": "Data sets: `easy_vqa`, `scenes`, a folder or Parquet files."},
+    )
+    dataset_split: str = field(default="test", metadata={"help": "Split that is evaluated."})
+    max_samples: int | None = field(default=None, metadata={"help": "Samples in all. Default: all."})
+    max_static_samples: int = field(
+        default=256, metadata={"help": "Training samples on which the best static setting of each budget is chosen."}
+    )
+    outcomes_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of executor outcomes, e.g. that of the training; what it holds is not run again. Default: "
+            "`outcomes` in the output folder."
+        },
+    )
+    budgets_ms: list[float] | None = field(
+        default=None, metadata={"help": "Budgets, in ms. Default: fractions of the full setting's latency."}
+    )
+    budget_fractions: list[float] = field(
+        default_factory=lambda: [0.35, 0.5, 0.7, 0.85, 1.0],
+        metadata={"help": "Budgets as fractions of the full setting's latency, where none are given in ms."},
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the samples and of the random settings."})
+
+
+def main(args: SweepArguments):
+    from rich.console import Console
+
+    from ..controller import JointControllerModel
+    from ..data import load_vqa_datasets
+    from ..evaluation.policies import ControllerPolicy
+    from ..evaluation.sweep import baseline_policies, format_sweep_table, sweep_budgets, sweep_to_dataset
+    from ..evaluation.vqa_accuracy.vqa_accuracy import vqa_score
+    from ..outcomes import OutcomeCollector, OutcomeStore, predict_latency_ms
+
+    for name in ("controller_path", "output_dir"):
+        if not getattr(args, name):
+            raise ValueError(f"`--{name}` is missing.")
+    if args.latency_estimator_path == FIT:
+        raise ValueError(
+            "a sweep takes the latency estimator that the controller was trained with: give its folder, e.g. "
+            "`latency_estimator` in the output folder of the training."
+        )
+    output_file = Path(args.output_dir) / SWEEP_FILE
+    if output_file.exists():
+        raise FileExistsError(f"'{output_file}' exists already: name another `output_dir`, or delete the file.")
+    if not (Path(args.controller_path) / "config.json").is_file() and args.controller_path.count("/") != 1:
+        raise FileNotFoundError(f"`controller_path` '{args.controller_path}' is not the folder of a controller.")
+    controller = JointControllerModel.from_pretrained(args.controller_path)
+    space = controller.knob_space
+    args.tiers = list(space.tier_crops)
+    args.top_k_values, args.num_blocks_values = list(space.top_k), list(space.num_blocks)
+    executor = load_executor(args)
+    latency_estimator = load_latency_estimator(args, executor)
+    samples = list(load_vqa_datasets(args.dataset_names, args.dataset_split, args.max_samples, args.seed))
+    train_samples = list(load_vqa_datasets(args.dataset_names, "train", args.max_static_samples, args.seed))
+    store = OutcomeStore(args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint)
+    collector = OutcomeCollector(executor, store, vqa_score)
+
+    full_outcomes = collector.collect(train_samples, [space.full] * len(train_samples), progress=True)
+    full_setting_ms = predict_latency_ms(latency_estimator, full_outcomes).mean().item()
+    fractions = args.budget_fractions
+    if args.budgets_ms is not None:
+        fractions = [budget / full_setting_ms for budget in args.budgets_ms]
+    baselines = baseline_policies(
+        collector,
+        latency_estimator,
+        train_samples,
+        [fraction * full_setting_ms for fraction in fractions],
+        seed=args.seed,
+        progress=True,
+    )
+    policies = [ControllerPolicy(controller.to(executor.device), executor), *baselines]
+    rows = sweep_budgets(policies, collector, latency_estimator, samples, fractions, full_setting_ms, progress=True)
+    sweep_to_dataset(rows).to_parquet(output_file)
+    console = Console()
+    console.print(format_sweep_table(rows, f"{len(samples)} samples of {', '.join(args.dataset_names)}"))
+    console.print(f"The table is in {output_file}.")
+
+
+def make_parser() -> ScriptParser:
+    return ScriptParser((SweepArguments,))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("sweep", make_parser, main))
