@@ -168,21 +168,6 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
         cli.main(["--debug", "importance", "--model_path", "no/such/model", "--output_path", str(tmp_path / "x.json")])
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_scripts_choose_how_threads_wait_before_torch_is_imported(given, expected):
-    code = "import os, sys, joint_controller.scripts; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-        env={**environment, **given},
-    )
-    assert shown.stdout.split() == [expected, "False"]
-
-
 @pytest.mark.parametrize("launcher", [["-m"], ["-m", "accelerate.commands.launch", "--cpu", "-m"]])
 def test_a_script_run_as_a_module_reports_errors_the_same_way(launcher, tmp_path):
     recipe = tmp_path / "recipe.yaml"

@@ -16,11 +16,6 @@ import yaml
 from trl import TrlParser
 
 
-# Read by OpenMP when torch is imported, which is later than this. By default waiting threads spin: two of them beside any
-# other busy process then wait out each other's time slices, and the executor was measured to answer 5 to 10 times fewer
-# questions a second than with threads that sleep.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 DEBUG_VARIABLE = "JOINT_CONTROLLER_DEBUG"
 """Environment variable: set to 1, errors come with their traceback."""
 

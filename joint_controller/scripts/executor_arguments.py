@@ -56,7 +56,20 @@ class ExecutorArguments:
         },
     )
     max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer, its end included."})
-    executor_batch_size: int = field(default=16, metadata={"help": "Most requests that the executor answers at once."})
+    executor_batch_size: int = field(
+        default=16, metadata={"help": "Most requests that go through the executor together."}
+    )
+    executor_workers: int = field(
+        default=1,
+        metadata={"help": "Batches that the executor answers at the same time, each by a thread of its own (CPU)."},
+    )
+    num_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Threads that share one operation on the CPU. 1 is best for the embedded executor, whose operations "
+            "are small. Default: torch's."
+        },
+    )
 
 
 def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
@@ -67,14 +80,21 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
         FileNotFoundError: If the model cannot be found.
         ValueError: If the checkpoint is incomplete or lacks a knob value.
     """
+    import torch
+
     from ..executor import MolmoExecutor
     from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
 
+    if args.num_threads is not None:
+        if args.num_threads < 1:
+            raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
+        torch.set_num_threads(args.num_threads)
     executor = MolmoExecutor.from_pretrained(
         args.model_path,
         importance=args.importance_path,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.executor_batch_size,
+        num_workers=args.executor_workers,
     )
     tier_crops = None
     if args.tiers is not None:

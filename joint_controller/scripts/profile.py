@@ -42,10 +42,19 @@ class ProfileArguments:
         default=None,
         metadata={"help": "Seconds the whole may take: if it would take longer, a spread-out subset is measured."},
     )
+    num_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Threads that share one operation on the CPU: those that requests will be served with. Default: "
+            "torch's."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the inputs drawn and of the order of measurements."})
 
 
 def main(args: ProfileArguments):
+    import torch
+
     from ..data import load_vqa_datasets
     from ..executor import MolmoExecutor
     from ..latency import profile_executor
@@ -55,6 +64,8 @@ def main(args: ProfileArguments):
     # Before anything is loaded or measured: a profile may have taken hours.
     if output_file.exists():
         raise FileExistsError(f"'{output_file}' exists already: name another `output_dir`, or delete the file.")
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
     executor = MolmoExecutor.from_pretrained(args.model_path)
     dataset = load_vqa_datasets(args.dataset_names, args.dataset_split, args.num_inputs, args.seed)
     profile = profile_executor(

@@ -319,7 +319,7 @@ class JointGRPOTrainer(GRPOTrainer):
         latency_budget_ms = torch.tensor(budgets, device=device)
         questions = [sample["question"] for sample in samples]
         question_features = self._question_features.lookup(
-            questions, lambda row: executor.question_features([questions[row]])[0]
+            questions, lambda rows: torch.cat([executor.question_features([questions[row]]) for row in rows])
         ).to(device)
         noise = self._draw_noise(samples, epoch, training).to(device)  # (n, values of all knobs)
         tier_noise, top_k_noise, num_blocks_noise = noise.split(self.knob_space.sizes, dim=-1)
@@ -328,12 +328,19 @@ class JointGRPOTrainer(GRPOTrainer):
         tier_index = (tier_logits / self.temperature + tier_noise).argmax(-1)
         tiers = [self.knob_space.values["tier"][index] for index in tier_index.tolist()]
 
-        def encode(row: int) -> torch.Tensor:
-            sample = samples[row]
-            request = ExecutorRequest(
-                sample["sample_id"], sample["image"], sample["question"], sample["style"], self.knob_space.full
-            )
-            return executor.vision_features([request], tiers[row])[0]
+        def encode(rows: list[int]) -> torch.Tensor:
+            vectors: dict[int, torch.Tensor] = {}
+            for tier in self.knob_space.tier_crops:
+                of_tier = [row for row in rows if tiers[row] == tier]
+                requests = [
+                    ExecutorRequest(
+                        sample["sample_id"], sample["image"], sample["question"], sample["style"], self.knob_space.full
+                    )
+                    for sample in (samples[row] for row in of_tier)
+                ]
+                if requests:
+                    vectors.update(zip(of_tier, executor.vision_features(requests, tier), strict=True))
+            return torch.stack([vectors[row] for row in rows])
 
         image_keys = [(sample["sample_id"], tier) for sample, tier in zip(samples, tiers, strict=True)]
         vision_features = self._vision_features.lookup(image_keys, encode).to(device)

@@ -38,8 +38,8 @@ class FeatureCache:
     """
     Feature vectors of the frozen executor, the least recently used dropped when they fill their memory.
 
-    A vector is computed alone, never in a batch: the rounding of a matrix product may depend on the batch's size, and a
-    resumed run, which starts with an empty cache, must see the same bits as one that was never interrupted.
+    A vector must not depend on what it is computed together with: a resumed run, which starts with an empty cache, must
+    see the same bits as one that was never interrupted. The executor sees to that.
 
     Args:
         max_bytes (`int`, *optional*, defaults to 256 MiB):
@@ -50,24 +50,27 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self._features: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
 
-    def lookup(self, keys: Sequence[Hashable], compute: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def lookup(self, keys: Sequence[Hashable], compute: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
         """
         Stacks the vectors of some keys.
 
         Args:
             keys (`Sequence[Hashable]`):
                 One for each row. Keys may repeat.
-            compute (`Callable[[int], torch.Tensor]`):
-                Gives the vector of a row, called with its position once for each key that is not kept.
+            compute (`Callable[[list[int]], torch.Tensor]`):
+                Gives the vectors of rows, called with the position of one row for each key that is not kept.
 
         Returns:
             `torch.Tensor`: Features of shape (rows, size), on the CPU.
         """
+        missing: dict[Hashable, int] = {}
         for row, key in enumerate(keys):
             if key in self._features:
                 self._features.move_to_end(key)
             else:
-                self._features[key] = compute(row).cpu()
+                missing.setdefault(key, row)
+        if missing:
+            self._features.update(zip(missing, compute(list(missing.values())).cpu(), strict=True))
         features = torch.stack([self._features[key] for key in keys])
         while len(self._features) * features[0].nbytes > self.max_bytes:
             self._features.popitem(last=False)
