@@ -27,7 +27,7 @@ class JointControllerConfig(PreTrainedConfig):
         latency_budget_max_ms (`float`, *optional*, defaults to 42.0):
             Highest budget of the training range, in ms: encoded as 1. Budgets outside the range are encoded beyond 0 and
             1, where the controller extrapolates from what it saw in training.
-        budget_octaves (`int`, *optional*, defaults to 6):
+        budget_octaves (`int`, *optional*, defaults to 3):
             Frequencies of the sinusoidal budget encoding: \\(\pi, 2\pi, 4\pi, …\\) over the training range. The finest
             one tells budgets apart that are \\(2^{-\text{octaves}}\\) of the range apart.
 
@@ -35,9 +35,9 @@ class JointControllerConfig(PreTrainedConfig):
 
         stage1_inputs (`str`, *optional*, defaults to `"question_and_budget"`):
             What stage 1 decides the tier from: `"question_and_budget"`, or `"budget"` alone.
-        projection_size (`int`, *optional*, defaults to 96):
+        projection_size (`int`, *optional*, defaults to 32):
             Width that question, vision, budget and tier are each projected to.
-        hidden_size (`int`, *optional*, defaults to 128):
+        hidden_size (`int`, *optional*, defaults to 64):
             Width of the two hidden layers of each stage.
 
     Raises:
@@ -64,10 +64,10 @@ class JointControllerConfig(PreTrainedConfig):
     vision_size: int = 2048
     latency_budget_min_ms: float = 10.0
     latency_budget_max_ms: float = 42.0
-    budget_octaves: int = 6
+    budget_octaves: int = 3
     stage1_inputs: str = "question_and_budget"
-    projection_size: int = 96
-    hidden_size: int = 128
+    projection_size: int = 32
+    hidden_size: int = 64
 
     def __post_init__(self, **kwargs):
         if self.knob_space is None:
