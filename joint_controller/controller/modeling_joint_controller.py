@@ -158,7 +158,7 @@ class JointControllerModel(PreTrainedModel):
     The policy: stage 1 gives a distribution over tiers from the question and the budget; stage 2 gives distributions over
     top_k and num_blocks from the image (encoded at the tier taken), the question, the budget and that tier. The stages
     share no parameters, so that either can be trained, frozen or loaded alone. A new controller is uniform over all
-    settings. Has about 0.25 M parameters with an executor 2048 wide.
+    settings. Has about 0.23 M parameters with an executor 2048 wide.
 
     Args:
         config ([`JointControllerConfig`]):
