@@ -8,6 +8,9 @@ from transformers import CLIPVisionConfig, OlmoeConfig
 
 REPOSITORY = Path(__file__).parents[1]
 
+# The models here are tiny, and `pytest -n` runs one process a core.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

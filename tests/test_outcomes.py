@@ -21,7 +21,9 @@ OTHER = KnobSetting("high", 4, 4)
 
 
 def outcome(sample_id, setting=SETTING, answer="red", accuracy=1 / 3):
-    return Outcome(sample_id, setting, answer, accuracy, num_views=2, vision_tokens=44, text_tokens=15, output_tokens=2)
+    return Outcome(
+        sample_id, setting, answer, accuracy, num_views=2, vision_tokens=44, text_tokens=15, output_tokens=2
+    )
 
 
 def test_outcomes_are_found_again_by_sample_and_setting(tmp_path):

@@ -16,6 +16,7 @@ import copy
 import json
 import logging
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,8 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     from ..trainer import JointGRPOTrainer
     from ..trainer.latency_budgets import resolve_latency_budgets
 
+    # TRL asks transformers for a property under its old name, at every evaluation.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     output_dir = Path(training_args.output_dir)
     resume = _resume_from(training_args)
     _check_output_dir(output_dir, resume)

@@ -89,6 +89,35 @@ def test_answers_of_a_mixed_batch_equal_those_of_generate_one_by_one(executor, r
         assert output.num_views == inputs["pixel_values"].shape[1]
 
 
+def test_threads_change_no_answer(tiny_molmo, tiny_processor, knob_space, requests, executor):
+    """Batches of several settings, whose numbers of experts differ, in four threads."""
+    threaded = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=6, batch_size=1, num_workers=4)
+    assert threaded.run(requests) == executor.run(requests)
+    assert {layer.mlp.gate.top_k for layer in tiny_molmo.model.language_model.layers} == {4}
+
+
+def test_questions_about_one_image_share_its_features(executor, images):
+    setting = executor.knob_space.full
+    about_one = [
+        ExecutorRequest(f"question{index}", images[0].copy(), question, "vqa2", setting)
+        for index, question in enumerate(QUESTIONS[:3])
+    ]
+    other = ExecutorRequest("other", images[1], QUESTIONS[0], "vqa2", setting)
+    first, second, different, third = executor.encode([about_one[0], about_one[1], other, about_one[2]], "high")
+    assert first.image_features is second.image_features is third.image_features
+    assert not torch.equal(first.image_features[:4], different.image_features[:4])
+    assert len({tuple(encoded.input_ids.tolist()) for encoded in (first, second, third)}) == 3
+
+
+def test_features_are_the_same_bits_whatever_is_encoded_beside(tiny_molmo, tiny_processor, knob_space, requests):
+    together = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, num_workers=2)
+    for request in requests[:6]:
+        alone = MolmoExecutor(tiny_molmo, tiny_processor, knob_space)
+        expected = alone.vision_features([request], "high")[0]
+        found = together.vision_features(requests, "high")[requests.index(request)]
+        assert torch.equal(found, expected)
+
+
 def test_answers_end_at_the_end_of_sequence_token_at_different_lengths(
     tiny_molmo_config, tiny_processor, knob_space, requests
 ):

@@ -1,0 +1,85 @@
+"""The recipes as shipped, on the embedded executor, with fewer steps and samples."""
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from joint_controller import JointControllerModel, LatencyEstimatorModel
+from joint_controller.cli import main
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("recipes") / "easy_vqa"
+    sizes = {
+        "max_train_samples": 12,
+        "max_eval_samples": 4,
+        "max_test_samples": 4,
+        "max_static_samples": 2,
+        "max_steps": 16,
+        "eval_steps": 8,
+        "save_steps": 8,
+        "per_device_train_batch_size": 8,
+        "output_dir": output_dir,
+    }
+    flags = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    assert main(["train", "--config", str(RECIPES / "easy_vqa" / "grpo.yaml"), *flags]) == 0
+    return output_dir
+
+
+def test_grpo(trained):
+    controller = JointControllerModel.from_pretrained(trained)
+    assert controller.config.question_size == 192
+    sweep = Dataset.from_parquet(str(trained / "sweep.parquet"))
+    assert [round(fraction, 2) for fraction in sweep.unique("budget_fraction")] == [0.35, 0.5, 0.7, 0.85, 1.0]
+
+
+def test_sweep(trained, tmp_path, capsys):
+    flags = ["--controller_path", trained, "--outcomes_dir", trained / "outcomes", "--output_dir", tmp_path]
+    flags += ["--max_samples", 4, "--max_static_samples", 4]
+    recipe = str(RECIPES / "easy_vqa" / "sweep.yaml")
+    assert main(["sweep", "--config", recipe, *map(str, flags)]) == 0
+    sweep = Dataset.from_parquet(str(tmp_path / "sweep.parquet"))
+    assert len(sweep) == 8 * 4 and set(sweep["num_samples"]) == {4}
+    assert "best static" in capsys.readouterr().out
+    assert main(["sweep", "--config", recipe, *map(str, flags)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_sweep_without_a_controller_is_refused(capsys, tmp_path):
+    assert main(["sweep", "--controller_path", "no-such-folder", "--output_dir", str(tmp_path / "sweep")]) == 2
+    assert "`controller_path` 'no-such-folder' is not the folder of a controller" in capsys.readouterr().err
+    assert main(["sweep", "--output_dir", str(tmp_path / "sweep")]) == 2
+    assert "`--controller_path` is missing" in capsys.readouterr().err
+
+
+def test_profile_and_fit_latency(tmp_path):
+    folder = RECIPES / "embedded_executor"
+    profile_flags = ["--output_dir", str(tmp_path / "profile"), "--num_inputs", "4", "--repeats", "1"]
+    profile_flags += ["--decode_steps", "1"]
+    assert main(["profile", "--config", str(folder / "profile.yaml"), *profile_flags]) == 0
+    fit_flags = ["--profile_path", str(tmp_path / "profile"), "--output_dir", str(tmp_path / "latency")]
+    assert main(["fit-latency", "--config", str(folder / "fit_latency.yaml"), *fit_flags]) == 0
+    assert LatencyEstimatorModel.from_pretrained(tmp_path / "latency").config.fitted_knobs["num_blocks"] == [
+        4,
+        5,
+        6,
+        8,
+    ]
+
+
+def test_every_recipe_is_run_by_a_test():
+    """`train.yaml` is run in test_train_executor.py, `importance.yaml` in test_importance_script.py."""
+    assert {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} == {
+        "accelerate_configs/multi_gpu.yaml",
+        "easy_vqa/grpo.yaml",
+        "easy_vqa/sweep.yaml",
+        "embedded_executor/fit_latency.yaml",
+        "embedded_executor/importance.yaml",
+        "embedded_executor/profile.yaml",
+        "embedded_executor/train.yaml",
+    }
