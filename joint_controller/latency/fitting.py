@@ -305,7 +305,10 @@ from joint_controller import KnobSetting, LatencyEstimatorModel
 model = LatencyEstimatorModel.from_pretrained("path/to/this/folder")
 model.predict_latency_ms(
     [KnobSetting("low", top_k={config.fitted_knobs["top_k"][0]}, num_blocks={config.fitted_knobs["num_blocks"][0]})],
-    num_views=[2], vision_tokens=[40], text_tokens=[12], output_tokens=[2],
+    num_views=[2],
+    vision_tokens=[40],
+    text_tokens=[12],
+    output_tokens=[2],
 )
 ```
 """
