@@ -12,6 +12,7 @@ _SUBMODULE_OF = {
     "JointControllerModel": ".controller",
     "JointGRPOConfig": ".trainer",
     "JointGRPOTrainer": ".trainer",
+    "JointPipeline": ".pipeline",
     "KnobSetting": ".knobs",
     "KnobSpace": ".knobs",
     "LatencyEstimatorConfig": ".latency",
@@ -27,6 +28,7 @@ __all__ = [
     "JointControllerModel",
     "JointGRPOConfig",
     "JointGRPOTrainer",
+    "JointPipeline",
     "KnobSetting",
     "KnobSpace",
     "LatencyEstimatorConfig",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .knobs import KnobSetting, KnobSpace
     from .latency import LatencyEstimatorConfig, LatencyEstimatorModel
     from .molmo import MolmoConfig, MolmoForConditionalGeneration, MolmoImageProcessor, MolmoProcessor
+    from .pipeline import JointPipeline
     from .trainer import JointGRPOConfig, JointGRPOTrainer
 
 

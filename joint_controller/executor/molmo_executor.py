@@ -109,7 +109,7 @@ class MolmoExecutor:
         batch_size (`int`, *optional*, defaults to 16):
             Most prompts that go through the model together.
         num_workers (`int`, *optional*, defaults to 1):
-            Batches of one setting that are answered at the same time, each by a thread of its own. On a CPU, two threads
+            Batches that are answered at the same time, each by a thread of its own. On a CPU, two threads
             with a batch each beat two threads that share every small operation of one batch.
         vision_cache_bytes (`int`, *optional*, defaults to 512 MiB):
             Memory for encoded images on the model's device; the least recently used go first.
@@ -536,16 +536,19 @@ class MolmoExecutor:
         # Prompts of similar length share a batch: little padding.
         for position in sorted(positions, key=lambda p: len(encoded[p].input_ids)):
             by_setting.setdefault(requests[position].setting, []).append(position)
+        by_top_k: dict[int, list[tuple[KnobSetting, list[int]]]] = {}
         for setting, members in by_setting.items():
-            active_blocks = self.active_blocks(setting.num_blocks)
             batches = _split(members, self.batch_size)
+            by_top_k.setdefault(setting.top_k, []).extend((setting, batch) for batch in batches)
 
-            def answer(batch: list[int], active_blocks: Sequence[int] = active_blocks) -> list[list[int]]:
-                return self._generate([encoded[position] for position in batch], active_blocks)
+        def answer(task: tuple[KnobSetting, list[int]]) -> list[list[int]]:
+            setting, batch = task
+            return self._generate([encoded[position] for position in batch], self.active_blocks(setting.num_blocks))
 
-            # Routers keep their number of experts as an attribute, so it is set once for all threads.
-            with self._experts_per_token(setting.top_k), ThreadPoolExecutor(self.num_workers) as pool:
-                for batch, answers in zip(batches, pool.map(answer, batches), strict=True):
+        for top_k, tasks in by_top_k.items():
+            # Routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
+            with self._experts_per_token(top_k), ThreadPoolExecutor(self.num_workers) as pool:
+                for (setting, batch), answers in zip(tasks, pool.map(answer, tasks), strict=True):
                     yield {
                         position: ExecutorOutput(
                             sample_id=requests[position].sample_id,

@@ -1,0 +1,159 @@
+"""One call for users: an image, a question and a budget in; an answer, the setting it was given at and its latency out."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .controller import JointControllerModel
+from .evaluation.policies import ControllerPolicy
+from .executor import ExecutorRequest, MolmoExecutor
+from .knobs import KnobSetting
+from .latency import LatencyEstimatorModel
+from .outcomes import Outcome, predict_latency_ms
+
+
+@dataclass(frozen=True)
+class BudgetedAnswer:
+    """
+    An answer that was given under a budget.
+
+    Args:
+        answer (`str`):
+            The executor's answer.
+        setting ([`KnobSetting`]):
+            Setting that the controller chose.
+        latency_ms (`float`):
+            Estimated latency of the request at batch 1, in ms.
+        latency_budget_ms (`float`):
+            The budget, in ms.
+    """
+
+    answer: str
+    setting: KnobSetting
+    latency_ms: float
+    latency_budget_ms: float
+
+
+class JointPipeline:
+    """
+    Answers questions about images inside latency budgets, with a trained controller.
+
+    Args:
+        controller ([`JointControllerModel`]):
+            Chooses the setting of each request.
+        executor ([`MolmoExecutor`]):
+            Answers. Its knob space must be the controller's.
+        latency_estimator ([`LatencyEstimatorModel`]):
+            Estimates what a request took.
+
+    Raises:
+        ValueError: If controller, executor and estimator do not belong together.
+
+    Example:
+
+    ```python
+    >>> from joint_controller import JointPipeline
+
+    >>> pipeline = JointPipeline.from_pretrained("outputs/easy_vqa")
+    >>> pipeline(image, "what color is the star ?", latency_budget_ms=60)
+    BudgetedAnswer(answer='red', setting=KnobSetting(tier='medium', top_k=2, num_blocks=5), latency_ms=44.1, ...)
+    ```
+    """
+
+    def __init__(
+        self, controller: JointControllerModel, executor: MolmoExecutor, latency_estimator: LatencyEstimatorModel
+    ):
+        if controller.knob_space != executor.knob_space:
+            raise ValueError(
+                f"the controller chooses from {controller.knob_space.to_dict()}, but the executor takes "
+                f"{executor.knob_space.to_dict()}: give the executor the controller's knob space."
+            )
+        if controller.config.question_size != executor.hidden_size:
+            raise ValueError(
+                f"the controller was trained for an executor {controller.config.question_size} wide, but this one is "
+                f"{executor.hidden_size} wide: give the executor that it was trained with."
+            )
+        latency_estimator.check_executor(executor.model.config)
+        self.executor = executor
+        self.latency_estimator = latency_estimator
+        self._policy = ControllerPolicy(controller.to(executor.device), executor)
+        self._numbers = itertools.count()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        controller_path: str | Path,
+        model_path: str | Path = "embedded",
+        latency_estimator_path: str | Path | None = None,
+        **kwargs,
+    ) -> "JointPipeline":
+        """
+        Loads everything that answering needs.
+
+        Args:
+            controller_path (`str` or `Path`):
+                Output folder of a training.
+            model_path (`str` or `Path`, *optional*, defaults to `"embedded"`):
+                The executor that the controller was trained with.
+            latency_estimator_path (`str` or `Path`, *optional*):
+                Folder of the estimator. Defaults to `latency_estimator` in the controller's folder.
+            **kwargs:
+                Further arguments of [`MolmoExecutor.from_pretrained`].
+
+        Raises:
+            FileNotFoundError: If the controller or the executor cannot be found.
+        """
+        if not (Path(controller_path) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"`controller_path` '{controller_path}' is not the folder of a controller: give the output folder of "
+                "`joint-controller train`."
+            )
+        controller = JointControllerModel.from_pretrained(controller_path)
+        executor = MolmoExecutor.from_pretrained(model_path, knob_space=controller.knob_space, **kwargs)
+        estimator_path = latency_estimator_path or Path(controller_path) / "latency_estimator"
+        return cls(controller, executor, LatencyEstimatorModel.from_pretrained(estimator_path))
+
+    def __call__(
+        self, image: Image.Image, question: str, latency_budget_ms: float, style: str = "vqa2"
+    ) -> BudgetedAnswer:
+        """
+        Answers one question.
+
+        Args:
+            image (`PIL.Image.Image`):
+                The image.
+            question (`str`):
+                The question.
+            latency_budget_ms (`float`):
+                What the answer may take, in ms.
+            style (`str`, *optional*, defaults to `"vqa2"`):
+                How the question is put to the executor.
+
+        Returns:
+            [`BudgetedAnswer`]
+
+        Raises:
+            ValueError: If the question is empty or the budget is not positive.
+        """
+        if not question.strip():
+            raise ValueError("`question` is empty.")
+        if latency_budget_ms <= 0:
+            raise ValueError(f"`latency_budget_ms` is {latency_budget_ms}: a budget must be above 0 ms.")
+        # A name of its own: the executor keeps encoded images under it.
+        sample = {"sample_id": f"request-{next(self._numbers)}", "image": image, "question": question, "style": style}
+        [setting] = self._policy.choose([sample], latency_budget_ms)
+        [output] = self.executor.run([ExecutorRequest(**sample, setting=setting)])
+        outcome = Outcome(
+            sample_id=output.sample_id,
+            setting=setting,
+            answer=output.answer,
+            accuracy=float("nan"),  # nobody knows
+            num_views=output.num_views,
+            vision_tokens=output.vision_tokens,
+            text_tokens=output.text_tokens,
+            output_tokens=output.output_tokens,
+        )
+        latency_ms = predict_latency_ms(self.latency_estimator, [outcome]).item()
+        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms)
