@@ -92,7 +92,8 @@ def test_a_process_that_is_killed_is_resumed_exactly(tmp_path, uninterrupted):
     )
     killed = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # The same number of threads as here: sums are rounded differently by another.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         timeout=120,
