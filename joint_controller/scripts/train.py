@@ -325,7 +325,7 @@ def _report(rows: "list[SweepRow]", output_dir: Path, collector: "OutcomeCollect
     (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [row for row in rows if row.policy in ("controller", "best static", "full")]
     for console in (Console(), Console(file=(output_dir / LOG_FILE).open("a", encoding="utf-8"), width=160)):
-        console.print(format_sweep_table(shown, f"{rows[0].num_samples} test samples under five latency budgets"))
+        console.print(format_sweep_table(shown, f"{rows[0].num_samples} test samples by latency budget"))
         console.print(
             "Mean reward over budgets: " + ", ".join(f"{name} {value:.3f}" for name, value in mean_rewards.items())
         )
