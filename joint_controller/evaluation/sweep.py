@@ -15,6 +15,9 @@ from ..rewards import DEFAULT_REWARD_WEIGHTS, total_reward
 from .policies import Policy, RandomPolicy, StaticPolicy
 
 
+SWEEP_FILE = "sweep.parquet"
+"""Name of a sweep's table in an output folder."""
+
 MAX_VIOLATION_RATE = 0.05
 """A static setting fits a budget if it exceeds the budget on at most this share of the samples."""
 

@@ -14,9 +14,6 @@ from . import ScriptParser, run_script
 from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
 
 
-SWEEP_FILE = "sweep.parquet"
-
-
 @dataclass
 class SweepArguments(ExecutorArguments):
     """
@@ -57,7 +54,13 @@ def main(args: SweepArguments):
     from ..controller import JointControllerModel
     from ..data import load_vqa_datasets
     from ..evaluation.policies import ControllerPolicy
-    from ..evaluation.sweep import baseline_policies, format_sweep_table, sweep_budgets, sweep_to_dataset
+    from ..evaluation.sweep import (
+        SWEEP_FILE,
+        baseline_policies,
+        format_sweep_table,
+        sweep_budgets,
+        sweep_to_dataset,
+    )
     from ..evaluation.vqa_accuracy.vqa_accuracy import vqa_score
     from ..outcomes import OutcomeCollector, OutcomeStore, predict_latency_ms
 

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("joint_controller.train")
 
 LOG_FILE = "joint_controller_training.log"
-SWEEP_FILE = "sweep.parquet"
 RESULTS_FILE = "sweep_results.json"
 
 NUM_PROFILED_INPUTS = 12
@@ -316,7 +315,13 @@ def _sweep(
 def _report(rows: "list[SweepRow]", output_dir: Path, collector: "OutcomeCollector", script_args: TrainArguments):
     from rich.console import Console
 
-    from ..evaluation.sweep import format_sweep_markdown, format_sweep_table, mean_over_budgets, sweep_to_dataset
+    from ..evaluation.sweep import (
+        SWEEP_FILE,
+        format_sweep_markdown,
+        format_sweep_table,
+        mean_over_budgets,
+        sweep_to_dataset,
+    )
 
     sweep_to_dataset(rows).to_parquet(output_dir / SWEEP_FILE)
     policies = list(dict.fromkeys(row.policy for row in rows))

@@ -72,6 +72,19 @@ def latency_estimator():
     return model
 
 
+@pytest.fixture
+def controller(executor):
+    return JointControllerModel(
+        JointControllerConfig(
+            knob_space=SPACE.to_dict(),
+            question_size=executor.hidden_size,
+            vision_size=executor.hidden_size,
+            latency_budget_min_ms=5,
+            latency_budget_max_ms=50,
+        )
+    )
+
+
 def latency_by_hand(outcome):
     views = {"low": 2, "high": 10}[outcome.setting.tier]
     blocks, top_k = outcome.setting.num_blocks, outcome.setting.top_k
@@ -87,16 +100,7 @@ def reward_by_hand(outcome, budget):
     return reward - 0.05 * np.mean(knobs)
 
 
-def test_rows_equal_sums_by_hand(collector, latency_estimator, samples, executor):
-    controller = JointControllerModel(
-        JointControllerConfig(
-            knob_space=SPACE.to_dict(),
-            question_size=executor.hidden_size,
-            vision_size=executor.hidden_size,
-            latency_budget_min_ms=5,
-            latency_budget_max_ms=50,
-        )
-    )
+def test_rows_equal_sums_by_hand(collector, latency_estimator, samples, executor, controller):
     policies = [
         ControllerPolicy(controller, executor),
         StaticPolicy(SPACE.full, "full"),
@@ -146,16 +150,7 @@ def test_best_static_setting_equals_brute_force(collector, latency_estimator, sa
         static_settings.best(1.0)
 
 
-def test_controller_policy_takes_the_argmax_of_both_stages(executor, samples):
-    controller = JointControllerModel(
-        JointControllerConfig(
-            knob_space=SPACE.to_dict(),
-            question_size=executor.hidden_size,
-            vision_size=executor.hidden_size,
-            latency_budget_min_ms=5,
-            latency_budget_max_ms=50,
-        )
-    )
+def test_controller_policy_takes_the_argmax_of_both_stages(executor, controller, samples):
     # Biases decide: tier 1, top_k 0, num_blocks 1.
     controller.stage1.tier_head.bias.data[1] = 1.0
     controller.stage2.top_k_head.bias.data[0] = 1.0

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from joint_controller import JointControllerModel, LatencyEstimatorConfig, LatencyEstimatorModel
 from joint_controller.cli import main
+from joint_controller.evaluation.sweep import SWEEP_FILE
 from joint_controller.latency import executor_shape
-from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE, SWEEP_FILE
+from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE
 
 
 ROWS = 24
