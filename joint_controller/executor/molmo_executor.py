@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import snapshot_download
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchFeature
@@ -33,6 +31,7 @@ from ..molmo import MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
 from ..molmo.processing_molmo import IMAGE_TOKENS
 from .importance import load_importance
+from .inference import PlainInference
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
 
 
@@ -149,6 +148,7 @@ class MolmoExecutor:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer would end: set `eos_token`.")
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
+        self._inference = PlainInference(model)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -376,12 +376,9 @@ class MolmoExecutor:
     @torch.inference_mode()  # entered by each thread for itself
     def _image_features(self, inputs: BatchFeature) -> torch.Tensor:
         """Features of one image that enter the sequence: `(N, hidden)`."""
-        features = self.model.get_image_features(
-            inputs["pixel_values"].to(self.device, self.model.dtype),
-            inputs["image_masks"].to(self.device, self.model.dtype),
-        )
+        features = self._inference.image_features(inputs["pixel_values"], inputs["image_masks"])
         (enters,) = (inputs["image_input_idx"].flatten() >= 0).nonzero(as_tuple=True)
-        return features.flatten(0, 2)[enters.to(self.device)]
+        return features.flatten(0, 1)[enters.to(self.device)]
 
     def _encoded_sample(self, inputs: BatchFeature, image_features: torch.Tensor) -> EncodedSample:
         input_ids = inputs["input_ids"][0]
@@ -402,6 +399,7 @@ class MolmoExecutor:
             _, oldest = self._encoded.popitem(last=False)
             self._encoded_bytes -= oldest.num_bytes
 
+    @torch.inference_mode()  # entered by each thread for itself
     def generate(self, encoded: Sequence[EncodedSample], top_k: int, active_blocks: Sequence[int]) -> list[list[int]]:
         """
         Decodes the answers to a batch of prompts greedily.
@@ -417,44 +415,21 @@ class MolmoExecutor:
         Returns:
             `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
         """
-        with self._experts_per_token(top_k):
-            return self._generate(encoded, active_blocks)
-
-    def _experts_per_token(self, top_k: int) -> AbstractContextManager:
-        return self.model.model.language_model.experts_per_token(top_k)
-
-    @torch.inference_mode()  # entered by each thread for itself
-    def _generate(self, encoded: Sequence[EncodedSample], active_blocks: Sequence[int]) -> list[list[int]]:
-        inputs = self._collate(encoded)
-        attention_mask = inputs.pop("attention_mask")
-        cache = None
+        decoding = self._inference.prefill(self._collate(encoded), top_k, active_blocks)
         answers: list[list[int]] = [[] for _ in encoded]
         rows = list(range(len(encoded)))  # rows of the batch whose answers have not ended
         while True:
-            outputs = self.model(
-                **inputs,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                active_blocks=active_blocks,
-            )
-            cache = outputs.past_key_values
-            tokens = outputs.logits[:, -1].argmax(dim=-1)
             unfinished = []
-            for position, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            for position, (row, token) in enumerate(zip(rows, decoding.tokens.tolist(), strict=True)):
                 answers[row].append(token)
                 if token != self.processor.tokenizer.eos_token_id and len(answers[row]) < self.max_new_tokens:
                     unfinished.append(position)
             if not unfinished:
                 return answers
             if len(unfinished) < len(rows):
-                kept = torch.tensor(unfinished, device=self.device)
-                cache.batch_select_indices(kept)
-                tokens, attention_mask = tokens[kept], attention_mask[kept]
+                decoding.keep(unfinished)
                 rows = [rows[position] for position in unfinished]
-            inputs = {"input_ids": tokens[:, None]}
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            decoding.step()
 
     def _collate(self, encoded: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
         """Inputs of the prefill: prompts padded on the left to length L, features to N a sample."""
@@ -543,11 +518,15 @@ class MolmoExecutor:
 
         def answer(task: tuple[KnobSetting, list[int]]) -> list[list[int]]:
             setting, batch = task
-            return self._generate([encoded[position] for position in batch], self.active_blocks(setting.num_blocks))
+            prompts = [encoded[position] for position in batch]
+            return self.generate(prompts, setting.top_k, self.active_blocks(setting.num_blocks))
 
         for top_k, tasks in by_top_k.items():
-            # Routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
-            with self._experts_per_token(top_k), ThreadPoolExecutor(self.num_workers) as pool:
+            # The modules' routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
+            with (
+                self.model.model.language_model.experts_per_token(top_k),
+                ThreadPoolExecutor(self.num_workers) as pool,
+            ):
                 for (setting, batch), answers in zip(tasks, pool.map(answer, tasks), strict=True):
                     yield {
                         position: ExecutorOutput(
@@ -600,36 +579,21 @@ class MolmoExecutor:
         )
 
     def _time_once(self, request: ExecutorRequest, decode_steps: int | None) -> StageTimes:
-        knobs = {
-            "top_k": request.setting.top_k,
-            "active_blocks": self.active_blocks(request.setting.num_blocks),
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
         started = self._now_ms()
         inputs = self._process(request, request.setting.tier)
         processed = self._now_ms()
         encoded = self._encoded_sample(inputs, self._image_features(inputs))
         seen = self._now_ms()
-        prompt = self._collate([encoded])
-        outputs = self.model(**prompt, **knobs)
-        token = outputs.logits[:, -1].argmax(dim=-1)
+        active_blocks = self.active_blocks(request.setting.num_blocks)
+        decoding = self._inference.prefill(self._collate([encoded]), request.setting.top_k, active_blocks)
         prefilled = self._now_ms()
 
-        attention_mask = prompt["attention_mask"]
         decode_ms = []
         last = prefilled
         for _ in range(self.max_new_tokens - 1 if decode_steps is None else decode_steps):
-            if decode_steps is None and token.item() == self.processor.tokenizer.eos_token_id:
+            if decode_steps is None and decoding.tokens.item() == self.processor.tokenizer.eos_token_id:
                 break
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            outputs = self.model(
-                input_ids=token[:, None],
-                attention_mask=attention_mask,
-                past_key_values=outputs.past_key_values,
-                **knobs,
-            )
-            token = outputs.logits[:, -1].argmax(dim=-1)
+            decoding.step()
             now = self._now_ms()
             decode_ms.append(now - last)
             last = now

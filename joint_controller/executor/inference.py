@@ -1,0 +1,131 @@
+"""
+How a Molmo computes the stages of a request: encoding views, prefill, decode.
+
+An [`Inference`] is one way to do it, and all of them give the same answers; [`PlainInference`], which runs the model's
+modules as transformers does, is the one that the others are tested against.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from ..molmo import MolmoForConditionalGeneration
+
+
+class Decoding(Protocol):
+    """
+    A batch of answers that are being decoded greedily.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `(B, vocab_size)`):
+            Scores of the next token of each answer.
+        tokens (`torch.LongTensor` of shape `(B,)`):
+            The next token of each answer: the argmax of `logits`.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+    def step(self) -> None:
+        """Appends `tokens` to the answers and computes the next ones."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch only, in this order."""
+
+
+class Inference(Protocol):
+    """One way to compute the stages of a request."""
+
+    def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
+        """
+        Encodes the views of one image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(1, V, P, 3·patch²)`):
+                Patches of each view, on any device and in any precision.
+            image_masks (`torch.Tensor` of shape `(1, V, P)`):
+                Share of each patch that is not padding.
+
+        Returns:
+            `torch.Tensor` of shape `(V, T, hidden)`.
+        """
+
+    def prefill(self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]) -> Decoding:
+        """
+        Runs a batch of prompts and gives the first token of each answer.
+
+        Args:
+            prompts (`dict[str, torch.Tensor]`):
+                `input_ids` and `attention_mask` `(B, L)`, padded on the left, `image_features` `(B, 1, N, hidden)` and
+                `image_input_idx` `(B, 1, N)`, as the model's forward takes them.
+            top_k (`int`):
+                Experts per token.
+            active_blocks (`Sequence[int]`):
+                Blocks that run, ascending.
+        """
+
+
+class PlainInference:
+    """
+    Runs the model's modules as they are.
+
+    Args:
+        model ([`MolmoForConditionalGeneration`]):
+            The model.
+    """
+
+    def __init__(self, model: MolmoForConditionalGeneration):
+        self.model = model
+
+    def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
+        place = {"device": self.model.device, "dtype": self.model.dtype}
+        return self.model.get_image_features(pixel_values.to(**place), image_masks.to(**place))[0]
+
+    def prefill(
+        self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]
+    ) -> "PlainDecoding":
+        return PlainDecoding(self.model, prompts, top_k, active_blocks)
+
+
+class PlainDecoding:
+    """
+    A [`Decoding`] by the model's modules. Arguments are those of [`Inference.prefill`].
+    """
+
+    def __init__(
+        self,
+        model: MolmoForConditionalGeneration,
+        prompts: Mapping[str, torch.Tensor],
+        top_k: int,
+        active_blocks: Sequence[int],
+    ):
+        self.model = model
+        self._knobs = {"top_k": top_k, "active_blocks": active_blocks}
+        self._attention_mask = prompts["attention_mask"]
+        self._cache = None
+        self._forward({name: value for name, value in prompts.items() if name != "attention_mask"})
+
+    def _forward(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        outputs = self.model(
+            **inputs,
+            **self._knobs,
+            attention_mask=self._attention_mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = outputs.past_key_values
+        self.logits = outputs.logits[:, -1]
+        self.tokens = self.logits.argmax(dim=-1)
+
+    def step(self) -> None:
+        self._attention_mask = F.pad(self._attention_mask, (0, 1), value=1)
+        self._forward({"input_ids": self.tokens[:, None]})
+
+    def keep(self, rows: Sequence[int]) -> None:
+        kept = torch.tensor(rows, device=self.tokens.device)
+        self._cache.batch_select_indices(kept)
+        self._attention_mask = self._attention_mask[kept]
+        self.logits, self.tokens = self.logits[kept], self.tokens[kept]
