@@ -9,7 +9,7 @@ from .modeling_latency_estimator import (
     LatencyEstimatorOutput,
     embedded_latency_estimator_path,
 )
-from .profile_table import load_profile
+from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
 
 
@@ -25,5 +25,7 @@ __all__ = [
     "fit_latency_estimator",
     "format_model_card",
     "load_profile",
+    "make_profile",
     "profile_executor",
+    "save_profile",
 ]

@@ -69,6 +69,12 @@ class LatencyEstimatorConfig(PreTrainedConfig):
             Device that the executor ran on, with the number of threads for a CPU.
         torch_version (`str`, *optional*):
             Version of torch that it was measured with.
+        driver_version (`str`, *optional*):
+            Version of the GPU's driver; `"none"` for a CPU, `"unknown"` where nobody knows.
+        executor_mode (`str`, *optional*):
+            How the executor computed, e.g. `"plain"`.
+        executor_revision (`str`, *optional*):
+            Version of the executor's code.
         held_out (`dict[str, Any]`, *optional*):
             Error on settings and inputs that the fit did not see, see [`~latency.fit_latency_estimator`].
     """
@@ -82,4 +88,7 @@ class LatencyEstimatorConfig(PreTrainedConfig):
     executor_dtype: str | None = None
     device_name: str | None = None
     torch_version: str | None = None
+    driver_version: str | None = None
+    executor_mode: str | None = None
+    executor_revision: str | None = None
     held_out: dict[str, Any] | None = None

@@ -18,7 +18,14 @@ from .modeling_latency_estimator import (
     llm_prefill_features,
     vision_features,
 )
-from .profile_table import COUNT_COLUMNS, KNOB_COLUMNS, MACHINE_COLUMNS, STAGE_COLUMNS, check_profile
+from .profile_table import (
+    COUNT_COLUMNS,
+    KNOB_COLUMNS,
+    MACHINE_COLUMNS,
+    STAGE_COLUMNS,
+    check_one_machine,
+    check_profile,
+)
 
 
 # Residuals beyond 1.345 standard deviations weigh less (Huber's constant: 95 % efficient if errors are normal after
@@ -200,6 +207,9 @@ def fit_latency_estimator(
             positive, or has too few settings or inputs.
     """
     check_profile(profile)
+    check_one_machine(profile)
+    if None in profile["decode_ms_per_token"][:]:
+        raise ValueError("the profile has measurements without a decode step: leave them out.")
     number_columns = ("top_k", "num_blocks", *COUNT_COLUMNS, *STAGE_COLUMNS)
     columns = {name: torch.tensor(profile[name][:], dtype=torch.float64) for name in number_columns}
     measured_ms = {

@@ -1,5 +1,6 @@
 """Measures what the stages of a request cost the executor, over knob settings and inputs, into a table."""
 
+import hashlib
 import json
 import platform
 import random
@@ -15,8 +16,13 @@ from tqdm.auto import tqdm
 
 from ..executor import ExecutorRequest, MolmoExecutor, StageTimes
 from ..knobs import KnobSetting
+from ..version import __version__
 from .configuration_latency_estimator import executor_shape
-from .profile_table import COUNT_COLUMNS
+from .profile_table import COUNT_COLUMNS, STAGE_COLUMNS, UNKNOWN, make_profile
+
+
+DISAGREEMENT = 0.1
+"""Repeats disagree where their interquartile range is a larger share of the median in a stage that is predicted."""
 
 
 def device_name(device: torch.device) -> str:
@@ -33,6 +39,26 @@ def device_name(device: torch.device) -> str:
         models = [line.partition(":")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].strip() if models else name
     return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def driver_version(device: torch.device) -> str:
+    """Version of the driver of a CUDA device; `"none"` for a CPU."""
+    if device.type != "cuda":
+        return "none"
+    module = Path("/sys/module/nvidia/version")
+    return module.read_text().strip() if module.exists() else UNKNOWN
+
+
+def executor_revision() -> str:
+    """
+    Version of the code that the latency depends on: the package's, and a digest of the sources of `executor/` and
+    `molmo/`, e.g. `"0.2.0+1f3b9c02a7d4"`.
+    """
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(file for room in ("executor", "molmo") for file in (package / room).rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
 
 
 def _plan_pairs(settings: Sequence[KnobSetting], num_inputs: int, seed: int) -> list[tuple[KnobSetting, int]]:
@@ -69,7 +95,9 @@ def _row(sample_id: str, setting: KnobSetting, repeats: Sequence[StageTimes]) ->
     }
     for column, values in times.items():
         row[column], row[f"{column}_spread"] = _median_and_spread(values)
+    row["decode_ms"] = np.median([repeat.decode_ms for repeat in repeats], axis=0).tolist()
     row["num_repeats"] = len(repeats)
+    row["repeats_disagree"] = any(row[f"{column}_spread"] > DISAGREEMENT for column in STAGE_COLUMNS)
     return row
 
 
@@ -173,9 +201,12 @@ def profile_executor(
         raise ValueError(f"the time limit of {time_limit_s} s was over before anything was measured: allow more.")
     machine = {
         "device_name": device_name(executor.device),
+        "driver_version": driver_version(executor.device),
         "torch_version": torch.__version__,
         "executor_dtype": str(executor.model.dtype).removeprefix("torch."),
+        "executor_mode": "plain",
+        "executor_revision": executor_revision(),
         "executor_fingerprint": executor.fingerprint,
         "executor_shape": json.dumps(executor_shape(executor.model.config), sort_keys=True),
     }
-    return Dataset.from_list([{**row, **machine} for row in rows])
+    return make_profile([{**row, **machine} for row in rows])

@@ -57,7 +57,7 @@ def main(args: ProfileArguments):
 
     from ..data import load_vqa_datasets
     from ..executor import MolmoExecutor
-    from ..latency import profile_executor
+    from ..latency import profile_executor, save_profile
     from ..latency.profile_table import PROFILE_FILE
 
     output_file = Path(args.output_dir) / PROFILE_FILE
@@ -76,11 +76,7 @@ def main(args: ProfileArguments):
         time_limit_s=args.time_limit_s,
         seed=args.seed,
     )
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    # Under its name only once it is whole.
-    unfinished = output_file.with_suffix(".tmp")
-    profile.to_parquet(unfinished)
-    unfinished.replace(output_file)
+    save_profile(profile, args.output_dir)
     print(f"{len(profile)} measurements written to {output_file}.")
 
 

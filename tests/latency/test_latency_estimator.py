@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -13,6 +12,7 @@ from joint_controller import KnobSetting, KnobSpace, LatencyEstimatorConfig, Lat
 from joint_controller.latency import executor_shape, fit_latency_estimator, format_model_card, load_profile
 from joint_controller.latency.fitting import held_out_folds, nonnegative_least_squares
 from joint_controller.latency.profile_table import PROFILE_FILE
+from joint_controller.latency.profile_table import make_profile as make_profile_table
 
 
 SPACE = KnobSpace({"low": (1, 1), "medium": (4, 4), "high": (9, 9)}, top_k=(1, 2, 4, 8), num_blocks=(4, 5, 6, 8))
@@ -54,14 +54,18 @@ def make_profile(num_inputs=8, noise=0.02, outliers=0.0, seed=0, space=SPACE):
                 "vision_ms": times[0].item(),
                 "llm_prefill_ms": times[1].item(),
                 "decode_ms_per_token": times[2].item(),
+                "output_tokens": 3,
                 "device_name": "test device",
+                "driver_version": "none",
                 "torch_version": "2.11",
+                "executor_mode": "plain",
+                "executor_revision": "0",
                 "executor_dtype": "float32",
                 "executor_fingerprint": "abc",
                 "executor_shape": json.dumps(executor_shape(MolmoConfig())),
             }
         )
-    return Dataset.from_list(rows)
+    return make_profile_table(rows)
 
 
 @pytest.fixture(scope="module")
