@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, Features, Value
 
 from .executor import ExecutorOutput, ExecutorRequest, MolmoExecutor
-from .knobs import KnobSetting
+from .knobs import KnobSetting, KnobSpace
 
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ OUTCOME_FEATURES = Features(
         "vision_tokens": Value("int32"),
         "text_tokens": Value("int32"),
         "output_tokens": Value("int32"),
+        "latency_ms": Value("float64"),
         "executor_fingerprint": Value("string"),
     }
 )
@@ -60,6 +61,9 @@ class Outcome:
             Tokens of the prompt beside the image's.
         output_tokens (`int`):
             Tokens generated, the end-of-sequence token included.
+        latency_ms (`float`, *optional*):
+            What the request took, in ms, where it was measured: recorded results have it, answers that are given in
+            batches do not.
     """
 
     sample_id: str
@@ -70,21 +74,35 @@ class Outcome:
     vision_tokens: int
     text_tokens: int
     output_tokens: int
+    latency_ms: float | None = None
 
 
-def predict_latency_ms(latency_estimator: "LatencyEstimatorModel", outcomes: Sequence[Outcome]) -> torch.Tensor:
+def predict_latency_ms(
+    latency_estimator: "LatencyEstimatorModel | None", outcomes: Sequence[Outcome]
+) -> torch.Tensor:
     """
-    Estimated latency of requests whose outcome is known.
+    Latency of requests whose outcome is known: estimated, or as it was measured.
 
     Args:
-        latency_estimator ([`LatencyEstimatorModel`]):
-            Estimator.
+        latency_estimator ([`LatencyEstimatorModel`], *optional*):
+            Estimator. `None` takes each outcome's own measured latency.
         outcomes (`Sequence[Outcome]`):
             Settings and token counts of n requests.
 
     Returns:
         `torch.Tensor`: ms, of shape (n,), on the CPU.
+
+    Raises:
+        ValueError: If there is no estimator, and an outcome whose latency was not measured.
     """
+    if latency_estimator is None:
+        for outcome in outcomes:
+            if outcome.latency_ms is None:
+                raise ValueError(
+                    f"the latency of sample '{outcome.sample_id}' at {outcome.setting} was not measured: give a latency "
+                    "estimator."
+                )
+        return torch.tensor([outcome.latency_ms for outcome in outcomes])
     counts = {
         name: torch.tensor([getattr(outcome, name) for outcome in outcomes])
         for name in ("num_views", "vision_tokens", "text_tokens", "output_tokens")
@@ -192,6 +210,7 @@ class OutcomeStore:
                 "vision_tokens": outcome.vision_tokens,
                 "text_tokens": outcome.text_tokens,
                 "output_tokens": outcome.output_tokens,
+                "latency_ms": outcome.latency_ms,
                 "executor_fingerprint": self.executor_fingerprint,
             }
             for outcome in outcomes
@@ -216,7 +235,8 @@ class OutcomeStore:
             raise ValueError(
                 f"'{shard}' is not a readable Parquet file ({error}): delete it, and its outcomes are computed again."
             ) from error
-        if set(table.column_names) != set(OUTCOME_FEATURES):
+        # Shards of the first version have no measured latencies.
+        if set(table.column_names) | {"latency_ms"} != set(OUTCOME_FEATURES):
             raise ValueError(
                 f"'{shard}' has the columns {table.column_names} where outcomes have {list(OUTCOME_FEATURES)}: keep "
                 "nothing but outcomes in this folder, or choose another folder."
@@ -244,15 +264,18 @@ class OutcomeCollector:
             Executor that answers.
         store ([`OutcomeStore`]):
             Where outcomes are looked up and kept.
-        score (`Callable[[str, list[str]], float]`):
-            Accuracy of an answer, given the reference answers.
+        score (`Callable[[str, str, Sequence[str]], float]`):
+            Accuracy of an answer, given the row's metric, the answer and the reference answers, e.g.
+            [`~joint_controller.evaluation.scoring.score_answer`].
 
     Attributes:
         num_executed (`int`):
             Answers that the executor was run for so far.
     """
 
-    def __init__(self, executor: MolmoExecutor, store: OutcomeStore, score: Callable[[str, list[str]], float]):
+    def __init__(
+        self, executor: MolmoExecutor, store: OutcomeStore, score: Callable[[str, str, Sequence[str]], float]
+    ):
         if store.executor_fingerprint != executor.fingerprint:
             raise ValueError(
                 f"the store keeps outcomes of executor {store.executor_fingerprint[:12]}, but this executor is "
@@ -263,6 +286,16 @@ class OutcomeCollector:
         self.score = score
         self.num_executed = 0
 
+    @property
+    def knob_space(self) -> KnobSpace:
+        """Settings that outcomes can be asked for: those of the executor."""
+        return self.executor.knob_space
+
+    @property
+    def feature_source(self) -> MolmoExecutor:
+        """What gives the features of questions and images: the executor."""
+        return self.executor
+
     def collect(
         self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting], progress: bool = False
     ) -> list[Outcome]:
@@ -272,7 +305,7 @@ class OutcomeCollector:
 
         Args:
             samples (`Sequence[dict]`):
-                Rows with the columns `sample_id`, `image`, `question`, `answers` and `style`.
+                Rows with the columns `sample_id`, `image`, `question`, `answers`, `style` and `metric`.
             settings (`Sequence[KnobSetting]`):
                 One setting for each sample.
             progress (`bool`, *optional*, defaults to `False`):
@@ -287,7 +320,7 @@ class OutcomeCollector:
         if len(samples) != len(settings):
             raise ValueError(f"{len(samples)} samples but {len(settings)} settings: give one setting for each sample.")
         requests: dict[tuple[str, KnobSetting], ExecutorRequest] = {}
-        answers: dict[str, list[str]] = {}
+        references: dict[str, tuple[str, list[str]]] = {}  # metric and answers of each sample
         for sample, setting in zip(samples, settings, strict=True):
             key = (sample["sample_id"], setting)
             if key in self.store or key in requests:
@@ -296,10 +329,14 @@ class OutcomeCollector:
                 raise ValueError(
                     f"sample '{sample['sample_id']}' has no reference answers, so it cannot be scored: leave it out."
                 )
-            answers[sample["sample_id"]] = sample["answers"]
+            references[sample["sample_id"]] = (sample["metric"], sample["answers"])
             requests[key] = ExecutorRequest(
                 sample["sample_id"], sample["image"], sample["question"], sample["style"], setting
             )
+
+        def score(output: ExecutorOutput) -> float:
+            metric, answers = references[output.sample_id]
+            return self.score(metric, output.answer, answers)
 
         def keep(outputs: list[ExecutorOutput]) -> None:
             self.num_executed += len(outputs)
@@ -309,7 +346,7 @@ class OutcomeCollector:
                         sample_id=output.sample_id,
                         setting=output.setting,
                         answer=output.answer,
-                        accuracy=self.score(output.answer, answers[output.sample_id]),
+                        accuracy=score(output),
                         num_views=output.num_views,
                         vision_tokens=output.vision_tokens,
                         text_tokens=output.text_tokens,
@@ -324,3 +361,63 @@ class OutcomeCollector:
         return [
             self.store.get(sample["sample_id"], setting) for sample, setting in zip(samples, settings, strict=True)
         ]
+
+
+class RecordedOutcomes:
+    """
+    Gives outcomes that were recorded before, without an executor to run: what a controller is trained on when nothing but
+    results is at hand. Stands where an [`OutcomeCollector`] does.
+
+    Args:
+        store ([`OutcomeStore`]):
+            The recorded outcomes.
+        knob_space ([`KnobSpace`]):
+            Settings that were recorded.
+        feature_source ([`MolmoExecutor`], *optional*):
+            Gives the features of questions and images, and never answers. `None` leaves a controller with the budget
+            alone.
+
+    Attributes:
+        num_executed (`int`):
+            0: nothing is ever run.
+    """
+
+    num_executed = 0
+
+    def __init__(self, store: OutcomeStore, knob_space: KnobSpace, feature_source: MolmoExecutor | None = None):
+        self.store = store
+        self.knob_space = knob_space
+        self.feature_source = feature_source
+
+    def collect(
+        self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting], progress: bool = False
+    ) -> list[Outcome]:
+        """
+        Outcomes of pairs of a sample and a setting.
+
+        Args:
+            samples (`Sequence[dict]`):
+                Rows with the column `sample_id`.
+            settings (`Sequence[KnobSetting]`):
+                One setting for each sample.
+            progress (`bool`, *optional*, defaults to `False`):
+                Has no effect: looking up takes no time.
+
+        Returns:
+            `list[Outcome]`: One a pair, in order.
+
+        Raises:
+            ValueError: If the lengths differ, or an outcome was not recorded.
+        """
+        if len(samples) != len(settings):
+            raise ValueError(f"{len(samples)} samples but {len(settings)} settings: give one setting for each sample.")
+        outcomes = []
+        for sample, setting in zip(samples, settings, strict=True):
+            outcome = self.store.get(sample["sample_id"], setting)
+            if outcome is None:
+                raise ValueError(
+                    f"no outcome was recorded for sample '{sample['sample_id']}' at {setting}: record it, or leave out the "
+                    "sample or the knob value."
+                )
+            outcomes.append(outcome)
+        return outcomes

@@ -18,6 +18,7 @@ from joint_controller.outcomes import OUTCOME_FEATURES, Outcome, OutcomeCollecto
 
 SETTING = KnobSetting("low", 2, 3)
 OTHER = KnobSetting("high", 4, 4)
+METRICS = {"answer0": "vqa_accuracy", "answer1": "anls", "answer2": "exact_count"}
 
 
 def outcome(sample_id, setting=SETTING, answer="red", accuracy=1 / 3):
@@ -184,15 +185,16 @@ def samples():
             "question": "what color is the star?",
             "answers": [f"answer{index}"] * 10,
             "style": "vqa2",
-            "metric": "vqa_accuracy",
+            "metric": METRICS[f"answer{index}"],
             "question_type": "color",
         }
         for index in range(3)
     ]
 
 
-def score(answer, answers):
+def score(metric, answer, answers):
     """Tells which references it was given, so that a mix-up of samples shows."""
+    assert metric == METRICS[answers[0]]
     return len(answer) + int(answers[0].removeprefix("answer")) / 10
 
 
@@ -220,7 +222,7 @@ def test_nothing_is_run_twice(executor, samples, tmp_path):
 
 
 def test_each_batch_is_stored_before_the_next_is_run(executor, samples, tmp_path):
-    def score_until_the_third(answer, answers):
+    def score_until_the_third(metric, answer, answers):
         if answers[0] == "answer2":
             raise RuntimeError("killed here")
         return 1.0

@@ -72,7 +72,7 @@ def save_importance(path: str | Path, scores: Mapping[int, float], provenance: M
 def measure_importance(
     executor: "MolmoExecutor",
     samples: Sequence[Mapping[str, Any]],
-    score: Callable[[str, list[str]], float],
+    score: Callable[[str, str, Sequence[str]], float],
     progress: bool = False,
 ) -> tuple[dict[int, float], float]:
     """
@@ -83,9 +83,11 @@ def measure_importance(
         executor ([`MolmoExecutor`]):
             Executor to measure. Its own importance scores are not used.
         samples (`Sequence[dict]`):
-            Rows with the columns `sample_id`, `image`, `question`, `answers` and `style`: held-out training data.
-        score (`Callable[[str, list[str]], float]`):
-            Accuracy of an answer, given the reference answers.
+            Rows with the columns `sample_id`, `image`, `question`, `answers`, `style` and `metric`: held-out training
+            data.
+        score (`Callable[[str, str, Sequence[str]], float]`):
+            Accuracy of an answer, given the row's metric, the answer and the reference answers, e.g.
+            [`~joint_controller.evaluation.scoring.score_answer`].
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
 
@@ -120,7 +122,7 @@ def measure_importance(
                 active_blocks = [other for other in range(num_blocks) if other != block]
                 answers = executor.generate(encoded, setting.top_k, active_blocks)
                 for row, tokens in zip(rows, answers, strict=True):
-                    correct[block] += score(executor.decode(tokens), row["answers"])
+                    correct[block] += score(row["metric"], executor.decode(tokens), row["answers"])
                 bar.update(len(rows))
     full_accuracy = correct[None] / len(samples)
     return {block: full_accuracy - correct[block] / len(samples) for block in range(num_blocks)}, full_accuracy

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import load_vqa_datasets
-from ..evaluation.vqa_accuracy import vqa_score
+from ..evaluation.scoring import score_answer
 from ..executor import MolmoExecutor, measure_importance, save_importance
 from . import ScriptParser, run_script
 
@@ -74,7 +74,7 @@ def main(args: ImportanceArguments) -> dict[int, float]:
         args.model_path, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
     )
     dataset = load_vqa_datasets(args.dataset_names, args.dataset_split, args.max_samples, args.seed)
-    scores, accuracy = measure_importance(executor, dataset, vqa_score, progress=True)
+    scores, accuracy = measure_importance(executor, dataset, score_answer, progress=True)
     provenance = {
         "method": "accuracy lost when the block is left out, other knobs full",
         "dataset_names": args.dataset_names,

@@ -54,6 +54,7 @@ def main(args: SweepArguments):
     from ..controller import JointControllerModel
     from ..data import load_vqa_datasets
     from ..evaluation.policies import ControllerPolicy
+    from ..evaluation.scoring import score_answer
     from ..evaluation.sweep import (
         SWEEP_FILE,
         baseline_policies,
@@ -61,7 +62,6 @@ def main(args: SweepArguments):
         sweep_budgets,
         sweep_to_dataset,
     )
-    from ..evaluation.vqa_accuracy.vqa_accuracy import vqa_score
     from ..outcomes import OutcomeCollector, OutcomeStore, predict_latency_ms
 
     for name in ("controller_path", "output_dir"):
@@ -86,7 +86,7 @@ def main(args: SweepArguments):
     samples = list(load_vqa_datasets(args.dataset_names, args.dataset_split, args.max_samples, args.seed))
     train_samples = list(load_vqa_datasets(args.dataset_names, "train", args.max_static_samples, args.seed))
     store = OutcomeStore(args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint)
-    collector = OutcomeCollector(executor, store, vqa_score)
+    collector = OutcomeCollector(executor, store, score_answer)
 
     full_outcomes = collector.collect(train_samples, [space.full] * len(train_samples), progress=True)
     full_setting_ms = predict_latency_ms(latency_estimator, full_outcomes).mean().item()

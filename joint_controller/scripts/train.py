@@ -104,7 +104,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
 
     from ..controller import JointControllerConfig, JointControllerModel
     from ..data import load_vqa_datasets
-    from ..evaluation.vqa_accuracy.vqa_accuracy import vqa_score
+    from ..evaluation.scoring import score_answer
     from ..outcomes import OutcomeCollector, OutcomeStore
     from ..trainer import JointGRPOTrainer
     from ..trainer.latency_budgets import resolve_latency_budgets
@@ -143,7 +143,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     store = OutcomeStore(script_args.outcomes_dir or output_dir / "outcomes", executor.fingerprint)
     if len(store):
         logger.info("%d outcomes are known and will not be computed again.", len(store))
-    collector = OutcomeCollector(executor, store, score=vqa_score)
+    collector = OutcomeCollector(executor, store, score=score_answer)
 
     set_seed(training_args.seed)
     budgets = resolve_latency_budgets(training_args, collector, latency_estimator, train_dataset)

@@ -37,7 +37,7 @@ from .rollout import FeatureCache, Sample, collect_outcomes, draw_action_noise
 
 logger = logging.get_logger(__name__)
 
-REQUIRED_COLUMNS = ("sample_id", "image", "question", "answers", "style")
+REQUIRED_COLUMNS = ("sample_id", "image", "question", "answers", "style", "metric")
 
 EVALUATION_EPOCH = 0
 """Epoch that evaluation budgets are drawn for: always the same, so that evaluations can be compared."""
@@ -109,7 +109,7 @@ class JointGRPOTrainer(GRPOTrainer):
     ```python
     >>> trainer = JointGRPOTrainer(
     ...     model=JointControllerModel(config),
-    ...     collector=OutcomeCollector(executor, store, vqa_score),
+    ...     collector=OutcomeCollector(executor, store, score_answer),
     ...     latency_estimator=LatencyEstimatorModel.from_pretrained("latency"),
     ...     args=JointGRPOConfig(output_dir="controller", latency_budget_min_ms=5, latency_budget_max_ms=20),
     ...     train_dataset=train_dataset,
@@ -129,7 +129,7 @@ class JointGRPOTrainer(GRPOTrainer):
         args ([`JointGRPOConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Samples in the schema of `load_vqa_dataset`: `sample_id`, `image`, `question`, `answers`, `style`.
+            Samples in the schema of `load_vqa_dataset`: `sample_id`, `image`, `question`, `answers`, `style`, `metric`.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Samples to evaluate on.
         reward_funcs (`list[Callable]`, *optional*):

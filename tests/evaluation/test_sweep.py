@@ -13,6 +13,7 @@ from joint_controller import (
     LatencyEstimatorModel,
 )
 from joint_controller.evaluation.policies import ControllerPolicy, RandomPolicy, StaticPolicy
+from joint_controller.evaluation.scoring import score_answer
 from joint_controller.evaluation.sweep import (
     StaticSettings,
     format_sweep_markdown,
@@ -21,7 +22,6 @@ from joint_controller.evaluation.sweep import (
     sweep_budgets,
     sweep_to_dataset,
 )
-from joint_controller.evaluation.vqa_accuracy.vqa_accuracy import vqa_score
 from joint_controller.executor import MolmoExecutor
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 
@@ -46,10 +46,13 @@ def samples(executor):
             "question": QUESTIONS[index % 3],
             "answers": ["?"],
             "style": "vqa2",
+            "metric": "vqa_accuracy",
         }
         for index in range(12)
     ]
-    collector = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), lambda answer, references: 0.0)
+    collector = OutcomeCollector(
+        executor, OutcomeStore(None, executor.fingerprint), lambda metric, answer, references: 0.0
+    )
     for row, outcome in zip(rows, collector.collect(rows, [SPACE.full] * 12), strict=True):
         row["answers"] = [outcome.answer]
     return rows
@@ -57,7 +60,7 @@ def samples(executor):
 
 @pytest.fixture
 def collector(executor):
-    return OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), vqa_score)
+    return OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), score_answer)
 
 
 @pytest.fixture(scope="module")

@@ -38,13 +38,15 @@ def samples(executor):
             "image": request.image,
             "question": request.question,
             "style": request.style,
+            "metric": "vqa_accuracy",
             "answers": [output.answer if index < 7 else "something else"],
         }
         for index, (request, output) in enumerate(zip(requests, executor.run(requests), strict=True))
     ]
 
 
-def exact_match(answer, answers):
+def exact_match(metric, answer, answers):
+    assert metric == "vqa_accuracy"
     return float(answer in answers)
 
 

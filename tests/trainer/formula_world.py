@@ -91,13 +91,14 @@ class ColumnRecorder:
 
 
 def make_dataset(num_rows: int, prefix: str = "train", question_types=tuple(NEEDS)) -> Dataset:
-    rows = {"sample_id": [], "image": [], "question": [], "answers": [], "style": []}
+    rows = {"sample_id": [], "image": [], "question": [], "answers": [], "style": [], "metric": []}
     for row in range(num_rows):
         rows["sample_id"].append(f"{prefix}/{row:04d}")
         rows["image"].append(PILImage.new("RGB", (4, 4), (row * 37 % 256,) * 3))
         rows["question"].append(f"{question_types[row % len(question_types)]} question?")
         rows["answers"].append(["yes"])
         rows["style"].append("vqa2")
+        rows["metric"].append("exact_match")
     strings = Value("string")
     features = {
         "sample_id": strings,
@@ -105,13 +106,14 @@ def make_dataset(num_rows: int, prefix: str = "train", question_types=tuple(NEED
         "question": strings,
         "answers": List(strings),
         "style": strings,
+        "metric": strings,
     }
     return Dataset.from_dict(rows, features=Features(features))
 
 
 def make_collector(path=None) -> OutcomeCollector:
     return OutcomeCollector(
-        FormulaExecutor(), OutcomeStore(path, "formula"), lambda answer, answers: float(answer in answers)
+        FormulaExecutor(), OutcomeStore(path, "formula"), lambda metric, answer, answers: float(answer in answers)
     )
 
 

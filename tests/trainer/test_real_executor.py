@@ -37,7 +37,7 @@ def test_trains_resumes_and_never_runs_the_executor_twice(tmp_path, executor, la
             latency_budget_max_ms=1000.0,
         )
         store = OutcomeStore(folder / "outcomes", executor.fingerprint)
-        score = lambda answer, answers: float(len(answer) % 2)  # noqa: E731
+        score = lambda metric, answer, answers: float(len(answer) % 2)  # noqa: E731
         args = make_args(folder, latency_budget_min_fraction=0.8, max_steps=8)
         return JointGRPOTrainer(
             model=controller,
