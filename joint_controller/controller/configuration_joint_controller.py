@@ -5,6 +5,10 @@ from transformers import PreTrainedConfig
 from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
 
 
+STAGE1_INPUTS = ("question_and_budget", "budget")
+STAGE2_INPUTS = ("image_question_and_budget", "question_and_budget", "budget")
+
+
 class JointControllerConfig(PreTrainedConfig):
     r"""
     Configuration of [`JointControllerModel`]. The defaults fit `allenai/MolmoE-1B-0924` as the executor.
@@ -16,9 +20,10 @@ class JointControllerConfig(PreTrainedConfig):
             Values that the knobs may take, as in [`KnobSpace.to_dict`]. Defaults to three tiers, 4 to 8 experts per token
             and 12 to 16 blocks.
         question_size (`int`, *optional*, defaults to 2048):
-            Width of the question features: the executor's hidden size.
+            Width of the question features: the executor's hidden size. Not used where no stage sees the question.
         vision_size (`int`, *optional*, defaults to 2048):
-            Width of the pooled vision features: the executor's hidden size.
+            Width of the pooled vision features: the executor's hidden size. Not used where stage 2 does not see the
+            image.
 
         > Parameters that describe the budget
 
@@ -35,14 +40,17 @@ class JointControllerConfig(PreTrainedConfig):
 
         stage1_inputs (`str`, *optional*, defaults to `"question_and_budget"`):
             What stage 1 decides the tier from: `"question_and_budget"`, or `"budget"` alone.
+        stage2_inputs (`str`, *optional*, defaults to `"image_question_and_budget"`):
+            What stage 2 decides top_k and num_blocks from, beside the tier: `"image_question_and_budget"`,
+            `"question_and_budget"`, or `"budget"` alone.
         projection_size (`int`, *optional*, defaults to 32):
             Width that question, vision, budget and tier are each projected to.
         hidden_size (`int`, *optional*, defaults to 64):
             Width of the two hidden layers of each stage.
 
     Raises:
-        ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs` is
-            unknown.
+        ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs` or
+            `stage2_inputs` is unknown.
 
     Example:
 
@@ -66,6 +74,7 @@ class JointControllerConfig(PreTrainedConfig):
     latency_budget_max_ms: float = 42.0
     budget_octaves: int = 3
     stage1_inputs: str = "question_and_budget"
+    stage2_inputs: str = "image_question_and_budget"
     projection_size: int = 32
     hidden_size: int = 64
 
@@ -79,7 +88,16 @@ class JointControllerConfig(PreTrainedConfig):
                 f"the budget range is {self.latency_budget_min_ms} to {self.latency_budget_max_ms} ms: "
                 "`latency_budget_min_ms` must be above 0 and below `latency_budget_max_ms`."
             )
-        if self.stage1_inputs not in ("question_and_budget", "budget"):
-            raise ValueError(
-                f"`stage1_inputs` is '{self.stage1_inputs}': it must be 'question_and_budget' or 'budget'."
-            )
+        for name, known in (("stage1_inputs", STAGE1_INPUTS), ("stage2_inputs", STAGE2_INPUTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is '{getattr(self, name)}': it must be one of {list(known)}.")
+
+    @property
+    def sees_question(self) -> bool:
+        """Whether a stage reads question features."""
+        return "question" in self.stage1_inputs or "question" in self.stage2_inputs
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether stage 2 reads vision features."""
+        return "image" in self.stage2_inputs

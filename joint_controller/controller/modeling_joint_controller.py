@@ -84,7 +84,7 @@ class Stage1(nn.Module):
 
     def __init__(self, config: JointControllerConfig):
         super().__init__()
-        sees_question = config.stage1_inputs == "question_and_budget"
+        sees_question = "question" in config.stage1_inputs
         self.budget_encoder = BudgetEncoder(config)
         self.question_projector = (
             FeatureProjector(config.question_size, config.projection_size) if sees_question else None
@@ -114,11 +114,14 @@ class Stage2(nn.Module):
 
     def __init__(self, config: JointControllerConfig):
         super().__init__()
-        self.vision_projector = FeatureProjector(config.vision_size, config.projection_size)
-        self.question_projector = FeatureProjector(config.question_size, config.projection_size)
+        sees_image, sees_question = "image" in config.stage2_inputs, "question" in config.stage2_inputs
+        self.vision_projector = FeatureProjector(config.vision_size, config.projection_size) if sees_image else None
+        self.question_projector = (
+            FeatureProjector(config.question_size, config.projection_size) if sees_question else None
+        )
         self.budget_encoder = BudgetEncoder(config)
         self.tier_embedding = nn.Embedding(len(config.knob_space["tier_crops"]), config.projection_size)
-        self.trunk = Trunk(4 * config.projection_size, config.hidden_size)
+        self.trunk = Trunk((2 + sees_image + sees_question) * config.projection_size, config.hidden_size)
         self.top_k_head = nn.Linear(config.hidden_size, len(config.knob_space["top_k"]))
         self.num_blocks_head = nn.Linear(config.hidden_size, len(config.knob_space["num_blocks"]))
 
@@ -132,9 +135,11 @@ class Stage2(nn.Module):
         """
         Args:
             vision_features (`torch.Tensor` of shape `(batch_size, vision_size)`):
-                Mean of the projected vision features of the image at the tier taken.
+                Mean of the projected vision features of the image at the tier taken. Not read where `stage2_inputs` does
+                not name the image.
             question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Mean of the executor's embeddings of the question's tokens.
+                Mean of the executor's embeddings of the question's tokens. Not read where `stage2_inputs` does not name
+                the question.
             latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
                 Budget in ms.
             tier_index (`torch.LongTensor` of shape `(batch_size,)`):
@@ -144,21 +149,23 @@ class Stage2(nn.Module):
             `tuple[torch.Tensor, torch.Tensor]`: top_k logits of shape `(batch_size, num_top_k_values)` and num_blocks
             logits of shape `(batch_size, num_num_blocks_values)`. The two are sampled independently of each other.
         """
-        hidden_states = self.trunk(
-            self.vision_projector(vision_features),
-            self.question_projector(question_features),
-            self.budget_encoder(latency_budget_ms),
-            self.tier_embedding(tier_index),
-        )
+        inputs = []
+        if self.vision_projector is not None:
+            inputs.append(self.vision_projector(vision_features))
+        if self.question_projector is not None:
+            inputs.append(self.question_projector(question_features))
+        inputs += [self.budget_encoder(latency_budget_ms), self.tier_embedding(tier_index)]
+        hidden_states = self.trunk(*inputs)
         return self.top_k_head(hidden_states), self.num_blocks_head(hidden_states)
 
 
 class JointControllerModel(PreTrainedModel):
     r"""
     The policy: stage 1 gives a distribution over tiers from the question and the budget; stage 2 gives distributions over
-    top_k and num_blocks from the image (encoded at the tier taken), the question, the budget and that tier. The stages
-    share no parameters, so that either can be trained, frozen or loaded alone. A new controller is uniform over all
-    settings. Has about 0.23 M parameters with an executor 2048 wide.
+    top_k and num_blocks from the image (encoded at the tier taken), the question, the budget and that tier. The
+    configuration can take question and image away. The stages share no parameters, so that either can be trained, frozen
+    or loaded alone. A new controller is uniform over all settings. Has about 0.23 M parameters with an executor 2048
+    wide.
 
     Args:
         config ([`JointControllerConfig`]):

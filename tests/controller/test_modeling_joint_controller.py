@@ -73,6 +73,26 @@ def test_stage_1_from_the_budget_alone_does_not_see_the_question():
     assert not torch.equal(model.stage1(question, budget), model.stage1(question, budget + 1))
 
 
+@pytest.mark.parametrize("stage2_inputs", ["question_and_budget", "budget"])
+def test_stage_2_sees_no_more_than_its_inputs_name(stage2_inputs):
+    model, inputs = randomize(small_controller(stage1_inputs="budget", stage2_inputs=stage2_inputs)), random_inputs()
+    before = model(**inputs)
+    for changed in inputs:
+        after = model(**{**inputs, changed: (inputs[changed] + 1) % 3})
+        sees = changed in ("latency_budget_ms", "tier_index") or changed.startswith(stage2_inputs.split("_")[0])
+        assert torch.equal(before.top_k_logits, after.top_k_logits) != sees
+        assert torch.equal(before.num_blocks_logits, after.num_blocks_logits) != sees
+
+
+def test_what_no_stage_sees_need_not_be_there():
+    model, inputs = small_controller(stage1_inputs="budget", stage2_inputs="budget"), random_inputs()
+    inputs["question_features"] = inputs["vision_features"] = torch.empty(5, 0)
+    assert model(**inputs).top_k_logits.shape == (5, 4)
+    assert not model.config.sees_question and not model.config.sees_image
+    assert small_controller(stage2_inputs="budget").config.sees_question
+    assert small_controller(stage1_inputs="budget").config.sees_image
+
+
 def test_the_scale_of_the_features_does_not_matter():
     model, inputs = randomize(small_controller()), random_inputs()
     scaled = {**inputs, "question_features": inputs["question_features"] * 100}
@@ -103,7 +123,11 @@ def test_saves_and_loads_through_the_auto_classes(tmp_path):
     [
         ({"latency_budget_min_ms": 50.0}, "must be above 0 and below"),
         ({"latency_budget_min_ms": 0.0}, "must be above 0 and below"),
-        ({"stage1_inputs": "image"}, "must be 'question_and_budget' or 'budget'"),
+        (
+            {"stage1_inputs": "image"},
+            r"`stage1_inputs` is 'image': it must be one of \['question_and_budget', 'budget'\]",
+        ),
+        ({"stage2_inputs": "image"}, r"`stage2_inputs` is 'image': it must be one of \['image_question_and_budget'"),
         ({"knob_space": {**SPACE.to_dict(), "top_k": []}}, "knob `top_k` has no values"),
     ],
 )
