@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import statistics
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
+from ..controller import JointControllerModel
 from ..knobs import KnobSetting, KnobSpace
 from ..molmo import MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
@@ -33,6 +33,7 @@ from ..molmo.processing_molmo import IMAGE_TOKENS
 from .importance import load_importance
 from .inference import PlainInference
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
+from .stage_clock import StageClock
 
 
 EMBEDDED = "embedded"
@@ -547,10 +548,16 @@ class MolmoExecutor:
 
     @torch.inference_mode()
     def time_request(
-        self, request: ExecutorRequest, repeats: int = 5, warmup: int = 2, decode_steps: int | None = None
+        self,
+        request: ExecutorRequest,
+        repeats: int = 5,
+        warmup: int = 2,
+        decode_steps: int | None = None,
+        controller: JointControllerModel | None = None,
     ) -> StageTimes:
         """
-        Times the stages of one request at batch 1, image processing included. Nothing that was encoded before is used.
+        Times the stages of one request at batch 1 in one pass, image processing included. Nothing that was encoded before
+        is used.
 
         Args:
             request (`ExecutorRequest`):
@@ -561,6 +568,9 @@ class MolmoExecutor:
                 Runs before these that are not measured.
             decode_steps (`int`, *optional*):
                 Tokens to decode after the first, whatever the answer. By default, decoding ends with the answer.
+            controller ([`JointControllerModel`], *optional*):
+                A controller whose two stages are timed, too, each at its place in the request. The request is answered
+                at its own setting, whatever the controller would choose.
 
         Raises:
             ValueError: If the setting is outside the knob space, or there is nothing to measure.
@@ -569,50 +579,57 @@ class MolmoExecutor:
             raise ValueError(f"setting '{request.setting}' is outside the knob space {self.knob_space.to_dict()}.")
         if repeats < 1 or warmup < 0:
             raise ValueError(f"`repeats` is {repeats} and `warmup` is {warmup}: give 1 or more and 0 or more.")
-        runs = [self._time_once(request, decode_steps) for _ in range(warmup + repeats)][warmup:]
+        runs = [self._time_once(request, decode_steps, controller) for _ in range(warmup + repeats)][warmup:]
         return replace(
             runs[0],
+            controller_ms=None if controller is None else statistics.median(run.controller_ms for run in runs),
             image_processing_ms=statistics.median(run.image_processing_ms for run in runs),
             vision_ms=statistics.median(run.vision_ms for run in runs),
             llm_prefill_ms=statistics.median(run.llm_prefill_ms for run in runs),
             decode_ms=[statistics.median(step) for step in zip(*(run.decode_ms for run in runs), strict=True)],
         )
 
-    def _time_once(self, request: ExecutorRequest, decode_steps: int | None) -> StageTimes:
-        started = self._now_ms()
+    def _time_once(
+        self, request: ExecutorRequest, decode_steps: int | None, controller: JointControllerModel | None
+    ) -> StageTimes:
+        clock = StageClock(self.device)
+        clock.mark()
+        if controller is not None:
+            question = self.question_features([request.question])
+            tier_index = torch.tensor([self.knob_space.indices(request.setting)[0]], device=self.device)
+            budget = torch.tensor([controller.config.latency_budget_max_ms], device=self.device)
+            # The host needs the choices: it waits for them.
+            controller.stage1(question, budget).argmax(dim=-1).tolist()
+        clock.mark()
         inputs = self._process(request, request.setting.tier)
-        processed = self._now_ms()
+        clock.mark()
         encoded = self._encoded_sample(inputs, self._image_features(inputs))
-        seen = self._now_ms()
+        clock.mark()
+        if controller is not None:
+            vision = encoded.image_features.float().mean(dim=0, keepdim=True)
+            for logits in controller.stage2(vision, question, budget, tier_index):
+                logits.argmax(dim=-1).tolist()
+        clock.mark()
         active_blocks = self.active_blocks(request.setting.num_blocks)
         decoding = self._inference.prefill(self._collate([encoded]), request.setting.top_k, active_blocks)
-        prefilled = self._now_ms()
-
-        decode_ms = []
-        last = prefilled
+        clock.mark()
         for _ in range(self.max_new_tokens - 1 if decode_steps is None else decode_steps):
             if decode_steps is None and decoding.tokens.item() == self.processor.tokenizer.eos_token_id:
                 break
             decoding.step()
-            now = self._now_ms()
-            decode_ms.append(now - last)
-            last = now
+            clock.mark()
+        stage1_ms, image_processing_ms, vision_ms, stage2_ms, llm_prefill_ms, *decode_ms = clock.stages_ms()
         return StageTimes(
-            image_processing_ms=processed - started,
-            vision_ms=seen - processed,
-            llm_prefill_ms=prefilled - seen,
+            controller_ms=None if controller is None else stage1_ms + stage2_ms,
+            image_processing_ms=image_processing_ms,
+            vision_ms=vision_ms,
+            llm_prefill_ms=llm_prefill_ms,
             decode_ms=decode_ms,
             vision_tokens=encoded.vision_tokens,
             text_tokens=len(encoded.input_ids) - encoded.vision_tokens,
             output_tokens=1 + len(decode_ms),
             num_views=encoded.num_views,
         )
-
-    def _now_ms(self) -> float:
-        """The time once all work handed to the device is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1000.0
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class StageTimes:
     What each stage of answering one request took, in milliseconds (medians over repeats), and what it worked on.
 
     Args:
+        controller_ms (`float` or `None`):
+            Both stages of the controller with the features that they read; `None` where there was none.
         image_processing_ms (`float`):
             Cutting and normalising the image, tokenizing the prompt.
         vision_ms (`float`):
@@ -87,6 +89,7 @@ class StageTimes:
             As in [`ExecutorOutput`].
     """
 
+    controller_ms: float | None
     image_processing_ms: float
     vision_ms: float
     llm_prefill_ms: float

@@ -1,6 +1,7 @@
 """The executor against transformers' `generate`, one request at a time."""
 
 import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from joint_controller import KnobSetting, KnobSpace, MolmoForConditionalGeneration
+from joint_controller import (
+    JointControllerConfig,
+    JointControllerModel,
+    KnobSetting,
+    KnobSpace,
+    MolmoForConditionalGeneration,
+)
 from joint_controller.executor import ExecutorRequest, MolmoExecutor
 
 
@@ -317,6 +324,29 @@ def test_time_request_measures_every_stage(executor, images):
     assert len(executor.time_request(request, repeats=1, warmup=0, decode_steps=9).decode_ms) == 9
     with pytest.raises(ValueError, match="`repeats` is 0"):
         executor.time_request(request, repeats=0)
+
+
+def test_time_request_counts_both_stages_of_a_controller_apart(executor, images):
+    class Slow(torch.nn.Module):
+        def __init__(self, stage, seconds):
+            super().__init__()
+            self.stage, self.seconds = stage, seconds
+
+        def forward(self, *inputs):
+            time.sleep(self.seconds)
+            return self.stage(*inputs)
+
+    space = executor.knob_space
+    sizes = {"question_size": executor.hidden_size, "vision_size": executor.hidden_size}
+    controller = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes)).eval()
+    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", space.cheapest)
+    assert executor.time_request(request, repeats=1).controller_ms is None
+    quick = executor.time_request(request, repeats=3, decode_steps=2, controller=controller)
+    controller.stage1, controller.stage2 = Slow(controller.stage1, 0.4), Slow(controller.stage2, 0.6)
+    slow = executor.time_request(request, repeats=1, warmup=0, decode_steps=2, controller=controller)
+    assert 0 < quick.controller_ms < 400 and 1000 <= slow.controller_ms < 2000
+    # Nothing of it in the other stages.
+    assert max(slow.image_processing_ms, slow.vision_ms, slow.llm_prefill_ms, *slow.decode_ms) < 400
 
 
 @pytest.fixture(scope="module")
