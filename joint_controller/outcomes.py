@@ -77,9 +77,7 @@ class Outcome:
     latency_ms: float | None = None
 
 
-def predict_latency_ms(
-    latency_estimator: "LatencyEstimatorModel | None", outcomes: Sequence[Outcome]
-) -> torch.Tensor:
+def predict_latency_ms(latency_estimator: "LatencyEstimatorModel | None", outcomes: Sequence[Outcome]) -> torch.Tensor:
     """
     Latency of requests whose outcome is known: estimated, or as it was measured.
 

@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..knobs import KnobSpace
 from .configuration_joint_controller import JointControllerConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -209,6 +213,48 @@ class JointControllerModel(PreTrainedModel):
     def knob_space(self) -> KnobSpace:
         """Values that the knobs may take."""
         return KnobSpace.from_dict(self.config.knob_space)
+
+    def load_stage1(self, controller_path: str | Path) -> None:
+        """
+        Takes stage 1 from another controller.
+
+        Args:
+            controller_path (`str` or `Path`):
+                Folder or Hub name of a controller, e.g. the output folder of a training.
+
+        Raises:
+            ValueError: If it is a file, or the other stage 1 has other inputs, sizes or tiers.
+        """
+        if Path(controller_path).is_file():
+            raise ValueError(
+                f"'{controller_path}' is a file, but stage 1 is read from the folder of a controller of this package. A "
+                "state dict that the original scripts saved (.pt) holds another network, which cannot be converted: train "
+                "stage 1 anew."
+            )
+        other = JointControllerModel.from_pretrained(controller_path)
+        differing = [
+            f"`{name}` {getattr(other.config, name)!r} there, {getattr(self.config, name)!r} here"
+            for name in ("stage1_inputs", "budget_octaves", "projection_size", "hidden_size")
+            if getattr(other.config, name) != getattr(self.config, name)
+        ]
+        if "question" in self.config.stage1_inputs and other.config.question_size != self.config.question_size:
+            differing.append(f"`question_size` {other.config.question_size} there, {self.config.question_size} here")
+        tiers, other_tiers = list(self.knob_space.tier_crops), list(other.knob_space.tier_crops)
+        if tiers != other_tiers:
+            differing.append(f"tiers {other_tiers} there, {tiers} here")
+        if differing:
+            raise ValueError(f"stage 1 of '{controller_path}' does not fit this controller: {'; '.join(differing)}.")
+        ranges = [
+            (config.latency_budget_min_ms, config.latency_budget_max_ms) for config in (other.config, self.config)
+        ]
+        if ranges[0] != ranges[1]:
+            logger.warning(
+                "stage 1 of '%s' knows budgets of %.1f to %.1f ms, which are read as %.1f to %.1f ms here.",
+                controller_path,
+                *ranges[0],
+                *ranges[1],
+            )
+        self.stage1.load_state_dict(other.stage1.state_dict())
 
     def forward(
         self,

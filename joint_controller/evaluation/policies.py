@@ -34,35 +34,45 @@ class ControllerPolicy:
     Args:
         controller ([`JointControllerModel`]):
             The controller, moved to evaluation mode.
-        executor ([`MolmoExecutor`]):
-            Gives the features of questions and images.
+        feature_source ([`MolmoExecutor`], *optional*):
+            Gives the features of questions and images. `None` for a controller that sees the budget alone.
         name (`str`, *optional*, defaults to `"controller"`):
             Name in tables.
     """
 
-    def __init__(self, controller: JointControllerModel, executor: MolmoExecutor, name: str = "controller"):
+    def __init__(
+        self, controller: JointControllerModel, feature_source: MolmoExecutor | None, name: str = "controller"
+    ):
         self.controller = controller.eval()
-        self.executor = executor
+        self.feature_source = feature_source
         self.name = name
 
     @torch.no_grad()
     def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
         device = self.controller.device
-        space = self.controller.knob_space
+        config, space = self.controller.config, self.controller.knob_space
         budgets = torch.full((len(samples),), float(latency_budget_ms), device=device)
-        questions = self.executor.question_features([sample["question"] for sample in samples]).to(device)
+        questions = vision = torch.empty(len(samples), 0, device=device)
+        if config.sees_question:
+            questions = self.feature_source.question_features([sample["question"] for sample in samples]).to(device)
         tier_index = self.controller.stage1(questions, budgets).argmax(dim=-1)
-        vision = torch.empty(len(samples), self.executor.hidden_size, device=device)
+        if config.sees_image:
+            vision = self._vision_features(samples, tier_index)
+        top_k_logits, num_blocks_logits = self.controller.stage2(vision, questions, budgets, tier_index)
+        choices = torch.stack([tier_index, top_k_logits.argmax(dim=-1), num_blocks_logits.argmax(dim=-1)], dim=1)
+        return [space.setting(indices) for indices in choices.tolist()]
+
+    def _vision_features(self, samples: Sequence[Mapping[str, Any]], tier_index: torch.Tensor) -> torch.Tensor:
+        space = self.controller.knob_space
+        features = torch.empty(len(samples), self.controller.config.vision_size, device=tier_index.device)
         for index, tier in enumerate(space.tier_crops):
             rows = (tier_index == index).nonzero().flatten().tolist()
             if rows:
                 requests = [
                     _request(samples[row], KnobSetting(tier, space.top_k[0], space.num_blocks[0])) for row in rows
                 ]
-                vision[rows] = self.executor.vision_features(requests, tier).to(device)
-        top_k_logits, num_blocks_logits = self.controller.stage2(vision, questions, budgets, tier_index)
-        choices = torch.stack([tier_index, top_k_logits.argmax(dim=-1), num_blocks_logits.argmax(dim=-1)], dim=1)
-        return [space.setting(indices) for indices in choices.tolist()]
+                features[rows] = self.feature_source.vision_features(requests, tier).to(features.device)
+        return features
 
 
 class StaticPolicy:

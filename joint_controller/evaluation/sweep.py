@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..knobs import KnobSetting
 from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector, predict_latency_ms
+from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
 from ..rewards import DEFAULT_REWARD_WEIGHTS, total_reward
 from .policies import Policy, RandomPolicy, StaticPolicy
 
@@ -67,10 +67,10 @@ class StaticSettings:
     Outcomes of every setting on the same samples, from which the best static setting of a budget is picked.
 
     Args:
-        collector ([`OutcomeCollector`]):
+        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
             Gives the outcomes.
-        latency_estimator ([`LatencyEstimatorModel`]):
-            Gives their latencies.
+        latency_estimator ([`LatencyEstimatorModel`], *optional*):
+            Gives their latencies. `None` takes those that were measured with the outcomes.
         samples (`Sequence[dict]`):
             Training samples: a setting is chosen on these and judged on others.
         reward_weights (`Sequence[float]`, *optional*, defaults to `DEFAULT_REWARD_WEIGHTS`):
@@ -81,13 +81,13 @@ class StaticSettings:
 
     def __init__(
         self,
-        collector: OutcomeCollector,
-        latency_estimator: LatencyEstimatorModel,
+        collector: OutcomeCollector | RecordedOutcomes,
+        latency_estimator: LatencyEstimatorModel | None,
         samples: Sequence[Mapping[str, Any]],
         reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
         progress: bool = False,
     ):
-        space = collector.executor.knob_space
+        space = collector.knob_space
         self.settings = list(space)
         self.reward_weights = reward_weights
         outcomes = collector.collect(
@@ -130,8 +130,8 @@ class StaticSettings:
 
 
 def baseline_policies(
-    collector: OutcomeCollector,
-    latency_estimator: LatencyEstimatorModel,
+    collector: OutcomeCollector | RecordedOutcomes,
+    latency_estimator: LatencyEstimatorModel | None,
     samples: Sequence[Mapping[str, Any]],
     budgets_ms: Sequence[float],
     reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
@@ -143,7 +143,7 @@ def baseline_policies(
     (`"full"`) and random settings (`"random"`).
 
     Args:
-        collector ([`OutcomeCollector`]), latency_estimator ([`LatencyEstimatorModel`]), samples (`Sequence[dict]`):
+        collector, latency_estimator, samples:
             As in [`StaticSettings`]: the static settings are chosen on training samples.
         budgets_ms (`Sequence[float]`):
             Budgets, in ms.
@@ -154,7 +154,7 @@ def baseline_policies(
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
     """
-    space = collector.executor.knob_space
+    space = collector.knob_space
     static_settings = StaticSettings(collector, latency_estimator, samples, reward_weights, progress)
     return [
         StaticPolicy({budget: static_settings.best(budget) for budget in budgets_ms}, "best static"),
@@ -165,8 +165,8 @@ def baseline_policies(
 
 def sweep_budgets(
     policies: Sequence[Policy],
-    collector: OutcomeCollector,
-    latency_estimator: LatencyEstimatorModel,
+    collector: OutcomeCollector | RecordedOutcomes,
+    latency_estimator: LatencyEstimatorModel | None,
     samples: Sequence[Mapping[str, Any]],
     budget_fractions: Sequence[float],
     full_setting_ms: float,
@@ -179,10 +179,10 @@ def sweep_budgets(
     Args:
         policies (`Sequence[Policy]`):
             What to compare.
-        collector ([`OutcomeCollector`]):
+        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
             Gives outcomes; each pair of sample and setting runs once, whichever policies choose it.
-        latency_estimator ([`LatencyEstimatorModel`]):
-            Gives latencies.
+        latency_estimator ([`LatencyEstimatorModel`], *optional*):
+            Gives latencies. `None` takes those that were measured with the outcomes.
         samples (`Sequence[dict]`):
             Held-out samples.
         budget_fractions (`Sequence[float]`):
@@ -197,7 +197,7 @@ def sweep_budgets(
     Returns:
         `list[SweepRow]`: One for each budget and policy, budget by budget.
     """
-    space = collector.executor.knob_space
+    space = collector.knob_space
     budgets = [fraction * full_setting_ms for fraction in budget_fractions]
     choices = {(policy.name, budget): policy.choose(samples, budget) for budget in budgets for policy in policies}
     # All at once, so that the executor gets large batches of equal settings.

@@ -27,7 +27,7 @@ from ..data import draw_budget
 from ..executor import ExecutorRequest
 from ..knobs import build_action_tokenizer
 from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector, predict_latency_ms
+from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
 from ..rewards import REWARD_FUNCTIONS
 from .checkpoints import last_complete_checkpoint
 from .joint_grpo_config import JointGRPOConfig
@@ -121,11 +121,11 @@ class JointGRPOTrainer(GRPOTrainer):
     Args:
         model ([`JointControllerModel`]):
             The controller. Its budget range must contain the training budgets.
-        collector ([`OutcomeCollector`]):
-            Gives the outcome of a sample at a setting, by look-up or by running the executor. With several processes its
-            store must be in a folder.
-        latency_estimator ([`LatencyEstimatorModel`]):
-            Gives the latency of an outcome.
+        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
+            Gives the outcome of a sample at a setting, by look-up or by running the executor, and the features that the
+            controller sees. With several processes the store of an [`OutcomeCollector`] must be in a folder.
+        latency_estimator ([`LatencyEstimatorModel`], *optional*):
+            Gives the latency of an outcome. `None` takes the latencies that were measured with the outcomes.
         args ([`JointGRPOConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
@@ -143,7 +143,7 @@ class JointGRPOTrainer(GRPOTrainer):
             freezing.
 
     Raises:
-        ValueError: If the controller does not fit the executor, a data set lacks a column or repeats a sample id, no
+        ValueError: If the controller does not fit the outcomes or the features, a data set lacks a column or repeats a sample id, no
             setting can meet the lowest budget, or the budgets are outside the controller's range.
     """
 
@@ -152,8 +152,8 @@ class JointGRPOTrainer(GRPOTrainer):
     def __init__(
         self,
         model: JointControllerModel,
-        collector: OutcomeCollector,
-        latency_estimator: LatencyEstimatorModel,
+        collector: OutcomeCollector | RecordedOutcomes,
+        latency_estimator: LatencyEstimatorModel | None,
         args: JointGRPOConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
@@ -164,7 +164,7 @@ class JointGRPOTrainer(GRPOTrainer):
         self.collector = collector
         self.latency_estimator = latency_estimator
         self.knob_space = model.knob_space
-        self._check_executor(model, args)
+        self._check_controller(model)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 _check_dataset(dataset, name)
@@ -191,9 +191,7 @@ class JointGRPOTrainer(GRPOTrainer):
         self._policy_inputs: dict[str, torch.Tensor] | None = None
 
         if args.stage1_checkpoint is not None:
-            model.stage1.load_state_dict(
-                JointControllerModel.from_pretrained(args.stage1_checkpoint).stage1.state_dict()
-            )
+            model.load_stage1(args.stage1_checkpoint)
         if args.stage1_lr_ratio == 0:
             model.stage1.requires_grad_(False)
         # TRL loads the reference model from the Hub by its name; ours is a copy of the controller as it was given. It is
@@ -219,24 +217,32 @@ class JointGRPOTrainer(GRPOTrainer):
         self.beta = beta
         if reference is not None:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        if self.accelerator.num_processes > 1 and collector.store.path is None:
+        shares_store = self.accelerator.num_processes > 1 and isinstance(collector, OutcomeCollector)
+        if shares_store and collector.store.path is None:
             raise ValueError(
                 f"{self.accelerator.num_processes} processes share their outcomes through a folder, but the outcome store "
                 "is in memory: open it with a path."
             )
 
-    def _check_executor(self, model: JointControllerModel, args: JointGRPOConfig) -> None:
-        executor = self.collector.executor
-        if self.knob_space != executor.knob_space:
+    def _check_controller(self, model: JointControllerModel) -> None:
+        if self.knob_space != self.collector.knob_space:
             raise ValueError(
-                f"the controller chooses from {self.knob_space.to_dict()}, but the executor takes "
-                f"{executor.knob_space.to_dict()}: build both with one knob space."
+                f"the controller chooses from {self.knob_space.to_dict()}, but there are outcomes for "
+                f"{self.collector.knob_space.to_dict()}: build both with one knob space."
             )
-        for name in ("question_size", "vision_size"):
-            size = getattr(model.config, name)
-            if size != executor.hidden_size:
+        features = self.collector.feature_source
+        seen = {"question_size": model.config.sees_question, "vision_size": model.config.sees_image}
+        for name in (name for name, is_seen in seen.items() if is_seen):
+            if features is None:
                 raise ValueError(
-                    f"the controller's `{name}` is {size}, but the executor's features are {executor.hidden_size} wide: "
+                    f"the controller sees `stage1_inputs` {model.config.stage1_inputs!r} and `stage2_inputs` "
+                    f"{model.config.stage2_inputs!r}, but nothing gives features of questions and images: give the "
+                    "collector a feature source, or build a controller that sees the budget alone."
+                )
+            size = getattr(model.config, name)
+            if size != features.hidden_size:
+                raise ValueError(
+                    f"the controller's `{name}` is {size}, but the executor's features are {features.hidden_size} wide: "
                     "build the controller with the executor's hidden size."
                 )
 
@@ -301,7 +307,6 @@ class JointGRPOTrainer(GRPOTrainer):
     def _roll_out(self, inputs: list[dict[str, Any]]) -> Rollout:
         training = self.model.training
         device = self.accelerator.device
-        executor = self.collector.executor
         unique_samples: dict[str, Sample] = {}
         for row in inputs:
             if row["sample_id"] not in unique_samples:
@@ -317,33 +322,13 @@ class JointGRPOTrainer(GRPOTrainer):
         }
         budgets = [budget_of[sample["sample_id"]] for sample in samples]
         latency_budget_ms = torch.tensor(budgets, device=device)
-        questions = [sample["question"] for sample in samples]
-        question_features = self._question_features.lookup(
-            questions, lambda rows: torch.cat([executor.question_features([questions[row]]) for row in rows])
-        ).to(device)
+        question_features = self._look_at_questions(samples).to(device)
         noise = self._draw_noise(samples, epoch, training).to(device)  # (n, values of all knobs)
         tier_noise, top_k_noise, num_blocks_noise = noise.split(self.knob_space.sizes, dim=-1)
 
         tier_logits = self.model.stage1(question_features, latency_budget_ms)
         tier_index = (tier_logits / self.temperature + tier_noise).argmax(-1)
-        tiers = [self.knob_space.values["tier"][index] for index in tier_index.tolist()]
-
-        def encode(rows: list[int]) -> torch.Tensor:
-            vectors: dict[int, torch.Tensor] = {}
-            for tier in self.knob_space.tier_crops:
-                of_tier = [row for row in rows if tiers[row] == tier]
-                requests = [
-                    ExecutorRequest(
-                        sample["sample_id"], sample["image"], sample["question"], sample["style"], self.knob_space.full
-                    )
-                    for sample in (samples[row] for row in of_tier)
-                ]
-                if requests:
-                    vectors.update(zip(of_tier, executor.vision_features(requests, tier), strict=True))
-            return torch.stack([vectors[row] for row in rows])
-
-        image_keys = [(sample["sample_id"], tier) for sample, tier in zip(samples, tiers, strict=True)]
-        vision_features = self._vision_features.lookup(image_keys, encode).to(device)
+        vision_features = self._look_at_images(samples, tier_index).to(device)
         top_k_logits, num_blocks_logits = self.model.stage2(
             vision_features, question_features, latency_budget_ms, tier_index
         )
@@ -384,6 +369,38 @@ class JointGRPOTrainer(GRPOTrainer):
             },
             metrics=self._rollout_metrics(accuracy, latency_ms, torch.tensor(budgets), action_index),
         )
+
+    def _look_at_questions(self, samples: list[Sample]) -> torch.Tensor:
+        if not self.model.config.sees_question:
+            return torch.empty(len(samples), 0)
+        questions = [sample["question"] for sample in samples]
+        features = self.collector.feature_source
+        return self._question_features.lookup(
+            questions, lambda rows: torch.cat([features.question_features([questions[row]]) for row in rows])
+        )
+
+    def _look_at_images(self, samples: list[Sample], tier_index: torch.Tensor) -> torch.Tensor:
+        if not self.model.config.sees_image:
+            return torch.empty(len(samples), 0)
+        features = self.collector.feature_source
+        tiers = [self.knob_space.values["tier"][index] for index in tier_index.tolist()]
+
+        def encode(rows: list[int]) -> torch.Tensor:
+            vectors: dict[int, torch.Tensor] = {}
+            for tier in self.knob_space.tier_crops:
+                of_tier = [row for row in rows if tiers[row] == tier]
+                requests = [
+                    ExecutorRequest(
+                        sample["sample_id"], sample["image"], sample["question"], sample["style"], self.knob_space.full
+                    )
+                    for sample in (samples[row] for row in of_tier)
+                ]
+                if requests:
+                    vectors.update(zip(of_tier, features.vision_features(requests, tier), strict=True))
+            return torch.stack([vectors[row] for row in rows])
+
+        keys = [(sample["sample_id"], tier) for sample, tier in zip(samples, tiers, strict=True)]
+        return self._vision_features.lookup(keys, encode)
 
     def _draw_noise(self, samples: list[Sample], epoch: int, training: bool) -> torch.Tensor:
         num_logits = sum(self.knob_space.sizes)

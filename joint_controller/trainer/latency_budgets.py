@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector, predict_latency_ms
+from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
 from .joint_grpo_config import JointGRPOConfig
 from .rollout import collect_outcomes
 
@@ -40,8 +40,8 @@ class LatencyBudgetRange:
 
 def resolve_latency_budgets(
     args: JointGRPOConfig,
-    collector: OutcomeCollector,
-    latency_estimator: LatencyEstimatorModel,
+    collector: OutcomeCollector | RecordedOutcomes,
+    latency_estimator: LatencyEstimatorModel | None,
     train_dataset: Dataset,
 ) -> LatencyBudgetRange:
     """
@@ -51,10 +51,10 @@ def resolve_latency_budgets(
     Args:
         args ([`JointGRPOConfig`]):
             Gives the range in ms or as fractions of the full setting's estimated latency.
-        collector ([`OutcomeCollector`]):
+        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
             Gives token counts of the samples at a setting.
-        latency_estimator ([`LatencyEstimatorModel`]):
-            Turns settings and token counts into ms.
+        latency_estimator ([`LatencyEstimatorModel`], *optional*):
+            Turns settings and token counts into ms. `None` takes the latencies that were measured with the outcomes.
         train_dataset ([`~datasets.Dataset`]):
             Training samples, in the schema of `load_vqa_dataset`.
 
@@ -70,7 +70,7 @@ def resolve_latency_budgets(
     def probed_ms(setting) -> torch.Tensor:
         return predict_latency_ms(latency_estimator, collect_outcomes(collector, probes, [setting] * num_probes))
 
-    space = collector.executor.knob_space
+    space = collector.knob_space
     full_setting_ms = probed_ms(space.full).mean().item()
     cheapest_setting_ms = probed_ms(space.cheapest).max().item()
     if args.latency_budget_min_ms is not None:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Image
 
 from ..knobs import KnobSetting
-from ..outcomes import Outcome, OutcomeCollector
+from ..outcomes import Outcome, OutcomeCollector, RecordedOutcomes
 
 
 class Sample(dict):
@@ -104,14 +104,16 @@ def draw_action_noise(seed: int, epoch: int, sample_id: str, num_generations: in
 
 
 def collect_outcomes(
-    collector: OutcomeCollector, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting]
+    collector: OutcomeCollector | RecordedOutcomes,
+    samples: Sequence[Mapping[str, Any]],
+    settings: Sequence[KnobSetting],
 ) -> list[Outcome]:
     """
     Outcomes of pairs of a sample and a setting, where every process asks for its own pairs and none is run by two of
     them. To be called by all processes at once.
 
     Args:
-        collector ([`OutcomeCollector`]):
+        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
             This process's collector. With several processes, its store must be in a folder that all of them see.
         samples (`Sequence[dict]`):
             Rows as [`OutcomeCollector.collect`] takes them.
@@ -122,7 +124,7 @@ def collect_outcomes(
         `list[Outcome]`: One a pair, in order.
     """
     state = PartialState()
-    if state.num_processes > 1:
+    if state.num_processes > 1 and isinstance(collector, OutcomeCollector):
         keys = [(sample["sample_id"], setting) for sample, setting in zip(samples, settings, strict=True)]
         missing = gather_object([[key for key in keys if key not in collector.store]])
         runs_on: dict[tuple[str, KnobSetting], int] = {}

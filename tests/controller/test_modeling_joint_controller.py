@@ -118,6 +118,27 @@ def test_saves_and_loads_through_the_auto_classes(tmp_path):
         assert torch.equal(before, after)
 
 
+def test_stage_1_of_another_controller_is_taken_and_stage_2_is_not(tmp_path):
+    randomize(small_controller(stage2_inputs="budget")).save_pretrained(tmp_path)
+    model, inputs = small_controller(), random_inputs()
+    before = model(**inputs)
+    model.load_stage1(tmp_path)
+    after, other = model(**inputs), AutoModel.from_pretrained(tmp_path)(**inputs)
+    assert torch.equal(after.tier_logits, other.tier_logits) and not torch.equal(after.tier_logits, before.tier_logits)
+    assert torch.equal(after.top_k_logits, before.top_k_logits)
+
+
+def test_a_stage_1_that_does_not_fit_is_refused(tmp_path):
+    two_tiers = KnobSpace({"low": (1, 1), "high": (9, 9)}, SPACE.top_k, SPACE.num_blocks)
+    small_controller(stage1_inputs="budget", knob_space=two_tiers.to_dict()).save_pretrained(tmp_path)
+    message = r"`stage1_inputs` 'budget' there, 'question_and_budget' here; tiers \['low', 'high'\] there"
+    with pytest.raises(ValueError, match=message):
+        small_controller().load_stage1(tmp_path)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "best_stage1.pt")
+    with pytest.raises(ValueError, match="state dict that the original scripts saved .* cannot be converted"):
+        small_controller().load_stage1(tmp_path / "best_stage1.pt")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
