@@ -120,6 +120,7 @@ def test_errors_at_the_edge_are_one_line_and_others_keep_their_traceback(capsys,
     assert guard("joint-controller x", lambda: fail(ValueError("row 17\n  is broken"))) == 2
     assert capsys.readouterr().err == "joint-controller x: error: row 17 is broken\n"
     assert guard("joint-controller x", lambda: fail(FileNotFoundError("no folder"))) == 2
+    assert guard("joint-controller x", lambda: fail(ModuleNotFoundError("no package"))) == 2
     assert guard("joint-controller x", lambda: fail(KeyboardInterrupt())) == 130
     assert guard("joint-controller x", lambda: None) == 0
     with pytest.raises(ZeroDivisionError):

@@ -1,6 +1,6 @@
 """The score of one answer, by the metric that its row names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .anls import anls_score
 from .cider import cider_score
@@ -45,3 +45,19 @@ def score_answer(metric: str, prediction: str, answers: Sequence[str]) -> float:
     if metric not in SCORES:
         raise ValueError(f"there is no metric '{metric}': the column 'metric' takes {', '.join(map(repr, SCORES))}.")
     return SCORES[metric](prediction, answers)
+
+
+def check_metrics(metrics: Iterable[str]) -> None:
+    """
+    Refuses metrics by which no answer can be scored, so that a run fails before its first answer.
+
+    Args:
+        metrics (`Iterable[str]`):
+            Values of the column `metric`.
+
+    Raises:
+        ValueError: If a metric is unknown.
+        ModuleNotFoundError: If a metric needs a package that is not installed.
+    """
+    for metric in metrics:
+        score_answer(metric, "0", ["0"])

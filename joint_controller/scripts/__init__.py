@@ -128,8 +128,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def guard(program: str, function: Callable[[], Any]) -> int:
     """
-    Calls `function` and turns an error at its edge (`ValueError`, `OSError`) into one line on stderr. With the
-    environment variable `JOINT_CONTROLLER_DEBUG=1` the error is raised with its traceback.
+    Calls `function` and turns an error at its edge (`ValueError`, `OSError`, a package that is not installed) into one
+    line on stderr. With the environment variable `JOINT_CONTROLLER_DEBUG=1` the error is raised with its traceback.
 
     Args:
         program (`str`):
@@ -142,7 +142,7 @@ def guard(program: str, function: Callable[[], Any]) -> int:
     """
     try:
         function()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -38,7 +38,7 @@ Examples:
     >>> metric = evaluate.load("joint_controller/evaluation/cider")
     >>> references = [["a dog runs", "the dog is running"], ["two red cars", "cars in a street"]]
     >>> metric.compute(predictions=["a dog runs", "a cat"], references=references)
-    {'cider': 2.1276595744680846}
+    {'cider': 2.092923043720018}
 """
 
 _CITATION = """
@@ -52,7 +52,9 @@ _CITATION = """
 
 _CLITIC = re.compile(r"(?<=[a-z])(n't|'(?:s|re|ve|ll|d|m))\b")
 # A clitic; a word, with the marks inside it that Penn Treebank leaves there; or another mark, unless it is dropped.
-_TOKEN = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-./,:&']\w+)*|[^\w\s.,:;!?'\"`()\[\]{}\-]")
+_TOKEN = re.compile(
+    r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:(?:[-./:&']|(?<=\d),(?=\d))\w+)*|[^\w\s.,:;!?'\"`()\[\]{}\-–—“”‘…]"
+)
 
 
 def tokenize_caption(caption: str) -> list[str]:
