@@ -23,6 +23,7 @@ from .profile_table import (
     KNOB_COLUMNS,
     MACHINE_COLUMNS,
     STAGE_COLUMNS,
+    UNKNOWN,
     check_one_machine,
     check_profile,
 )
@@ -217,6 +218,7 @@ def fit_latency_estimator(
         "decode": columns["decode_ms_per_token"],
     }
     machine = {name: profile[name][0] for name in MACHINE_COLUMNS}
+    executor_shape = machine.pop("executor_shape")
     config = LatencyEstimatorConfig(
         fitted_knobs={
             "tier": [tier for tier in TIERS if tier in set(profile["tier"])],
@@ -224,7 +226,7 @@ def fit_latency_estimator(
             "num_blocks": sorted(set(profile["num_blocks"])),
         },
         fitted_counts={name: [int(columns[name].min()), int(columns[name].max())] for name in COUNT_COLUMNS},
-        executor_shape=json.loads(machine.pop("executor_shape")),
+        executor_shape=None if executor_shape == UNKNOWN else json.loads(executor_shape),
         **machine,
     )
 
@@ -267,7 +269,7 @@ def format_model_card(model: LatencyEstimatorModel) -> str:
         f"| {stage} | {feature} | {value:.3e} |"
         for stage, names, values in (
             ("vision tower and connector", VISION_FEATURES, model.vision_coefficients),
-            ("language model, prefill", LLM_PREFILL_FEATURES, model.llm_prefill_coefficients),
+            ("language model, prefill", LLM_PREFILL_FEATURES[config.formula_version], model.llm_prefill_coefficients),
             ("language model, decode step", DECODE_FEATURES, model.decode_coefficients),
         )
         for feature, value in zip(names, values.tolist(), strict=True)

@@ -7,17 +7,34 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..knobs import KnobSetting
 from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
 
 
+logger = logging.get_logger(__name__)
+
 # What the time of each stage is a sum of. Every feature is non-negative and non-decreasing in every knob and count, and
 # every coefficient is non-negative: so is the estimate, by construction.
 VISION_FEATURES = ("constant", "views")
-LLM_PREFILL_FEATURES = ("constant", "blocks", "tokens x blocks", "tokens x blocks x top_k", "tokens^2 x blocks")
+LLM_PREFILL_FEATURES = {
+    1: ("constant", "blocks", "tokens x blocks", "tokens x blocks x top_k", "tokens^2 x blocks"),
+    2: (
+        "constant",
+        "blocks",
+        "blocks x share of experts touched",
+        "tokens x blocks",
+        "tokens x blocks x top_k",
+        "tokens^2 x blocks",
+    ),
+}
+"""By version of the formula."""
 DECODE_FEATURES = ("constant", "blocks", "blocks x top_k", "tokens x blocks")
+
+VISION_INPUTS = ("views",)
+LLM_INPUTS = ("tokens", "top_k", "blocks")
+"""What the learned factors of prefill and decode see."""
 
 
 @dataclass
@@ -29,7 +46,7 @@ class LatencyEstimatorOutput(ModelOutput):
         prefill_ms (`torch.FloatTensor`):
             From pixels to the first output token: `vision_ms + llm_prefill_ms`. Image processing is not in it.
         decode_ms_per_token (`torch.FloatTensor`):
-            Each output token after the first.
+            Each output token after the first, the mean over the answer.
         vision_ms (`torch.FloatTensor`):
             Vision tower and connector.
         llm_prefill_ms (`torch.FloatTensor`):
@@ -48,14 +65,28 @@ def vision_features(num_views: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def llm_prefill_features(
-    num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor
+    num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor, num_experts: int | None = None
 ) -> tuple[torch.Tensor, ...]:
     """
-    Values of `LLM_PREFILL_FEATURES`: weights are read once a block, projections and router work once a token, experts
-    `top_k` times a token, attention once a pair of tokens.
+    Values of `LLM_PREFILL_FEATURES`: weights are read once a block, those of an expert if a token is sent to it,
+    projections and router work once a token, experts `top_k` times a token, attention once a pair of tokens. Without
+    `num_experts`, those of version 1.
     """
     tokens_blocks = num_tokens * num_blocks
-    return torch.ones_like(num_tokens), num_blocks, tokens_blocks, tokens_blocks * top_k, num_tokens * tokens_blocks
+    weights = (num_blocks,)
+    if num_experts is not None:
+        weights += (num_blocks * share_of_experts_touched(num_tokens, top_k, num_experts),)
+    return torch.ones_like(num_tokens), *weights, tokens_blocks, tokens_blocks * top_k, num_tokens * tokens_blocks
+
+
+def share_of_experts_touched(num_tokens: torch.Tensor, top_k: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """
+    Share of a block's experts that at least one token is sent to, if every token is sent to `top_k` of them at random:
+    1 - (1 - top_k / num_experts)^num_tokens. The weights of these are read, however few tokens they get.
+    """
+    # In float64, whose rounding is lost in the precision of the result: a longer prompt must not touch less.
+    missed = torch.log1p(-top_k.double() / num_experts)
+    return -torch.expm1(num_tokens.double() * missed).to(num_tokens.dtype)
 
 
 def decode_features(
@@ -77,15 +108,53 @@ def _weighted_sum(coefficients: torch.Tensor, features: Sequence[torch.Tensor]) 
     return total
 
 
+def pad_lengths(num_tokens: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
+    """Each number of tokens rounded up to the next of `lengths` (ascending); as it is without any, or beyond the last."""
+    if lengths is None:
+        return num_tokens
+    steps = torch.tensor(lengths, dtype=num_tokens.dtype, device=num_tokens.device)
+    position = torch.searchsorted(steps, num_tokens.contiguous())
+    return torch.where(position < len(lengths), steps[position.clamp(max=len(lengths) - 1)], num_tokens)
+
+
+def mean_context(num_tokens: torch.Tensor, output_tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens that a decode step sees on average over an answer: the first step sees the prompt and one token, the last,
+    number `output_tokens - 1`, that many.
+    """
+    return num_tokens + output_tokens / 2
+
+
+def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    1 or more, and non-decreasing in every input: a network with one hidden layer whose weights are not negative, and whose
+    units z^2 / (1 + z^2) bend upwards at first and downwards later, so that steps, thresholds and saturation can be
+    learnt.
+
+    Args:
+        units (`torch.Tensor` of shape `(num_units, num_inputs + 1)`):
+            Of each unit, the weights of its inputs and the weight of its output; not negative.
+        inputs (`Sequence[torch.Tensor]`):
+            One tensor an input, not negative; their shapes broadcast.
+    """
+    total = torch.ones_like(inputs[0])
+    for *input_weights, output_weight in units:
+        z = _weighted_sum(input_weights, inputs)
+        # Written so that each operation is monotone after rounding, too.
+        total = total + output_weight * (1 - 1 / (1 + z * z))
+    return total
+
+
 class LatencyEstimatorModel(PreTrainedModel):
     """
-    Predicts what a request costs the executor at batch 1: a sum of physical terms (weights read, work per token, work
-    per expert, attention) with non-negative coefficients, fitted to measurements by
+    Predicts what a request costs the executor at batch 1. Each stage is a sum of physical terms (weights read, work per
+    token, work per expert, attention) with non-negative coefficients, times a learned factor
+    ([`~latency.modeling_latency_estimator.learned_factor`]) for what these do not explain, fitted to measurements by
     [`~latency.fit_latency_estimator`]. Estimates are positive and non-decreasing in every knob and in every count.
 
     Args:
         config ([`LatencyEstimatorConfig`]):
-            What the coefficients were fitted on.
+            The formula, and what the coefficients were fitted on.
     """
 
     config_class = LatencyEstimatorConfig
@@ -93,10 +162,18 @@ class LatencyEstimatorModel(PreTrainedModel):
 
     def __init__(self, config: LatencyEstimatorConfig):
         super().__init__(config)
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape), requires_grad=False)
+
         # Milliseconds per unit of each feature; zeros until they are fitted or loaded.
-        self.vision_coefficients = nn.Parameter(torch.zeros(len(VISION_FEATURES)), requires_grad=False)
-        self.llm_prefill_coefficients = nn.Parameter(torch.zeros(len(LLM_PREFILL_FEATURES)), requires_grad=False)
-        self.decode_coefficients = nn.Parameter(torch.zeros(len(DECODE_FEATURES)), requires_grad=False)
+        self.vision_coefficients = zeros(len(VISION_FEATURES))
+        self.llm_prefill_coefficients = zeros(len(LLM_PREFILL_FEATURES[config.formula_version]))
+        self.decode_coefficients = zeros(len(DECODE_FEATURES))
+        if config.formula_version == 2:
+            self.vision_units = zeros(config.num_units, len(VISION_INPUTS) + 1)
+            self.llm_prefill_units = zeros(config.num_units, len(LLM_INPUTS) + 1)
+            self.decode_units = zeros(config.num_units, len(LLM_INPUTS) + 1)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -113,6 +190,7 @@ class LatencyEstimatorModel(PreTrainedModel):
         text_tokens: torch.Tensor,
         top_k: torch.Tensor,
         num_blocks: torch.Tensor,
+        output_tokens: torch.Tensor | None = None,
     ) -> LatencyEstimatorOutput:
         """
         Estimates for any combination of settings and inputs. All arguments are integer or floating tensors whose shapes
@@ -130,6 +208,9 @@ class LatencyEstimatorModel(PreTrainedModel):
                 Experts per token.
             num_blocks (`torch.Tensor`):
                 Blocks that run.
+            output_tokens (`torch.Tensor`, *optional*):
+                Tokens of the answer: `decode_ms_per_token` is the mean of its steps. Defaults to 2, an answer of one
+                step. Version 1 of the formula does not look at it.
 
         Returns:
             [`LatencyEstimatorOutput`]
@@ -139,20 +220,43 @@ class LatencyEstimatorModel(PreTrainedModel):
         """
         self._check_fitted()
         counts = (num_views, vision_tokens, text_tokens, top_k, num_blocks)
-        counts = [count.to(self.decode_coefficients) for count in counts]
-        num_views, vision_tokens, text_tokens, top_k, num_blocks = torch.broadcast_tensors(*counts)
+        num_views, vision_tokens, text_tokens, top_k, num_blocks = (
+            count.to(self.decode_coefficients) for count in counts
+        )
         num_tokens = vision_tokens + text_tokens
+        # Vision is worked out for as many views as are given, however many settings share them.
         vision_ms = _weighted_sum(self.vision_coefficients, vision_features(num_views))
-        llm_prefill_ms = _weighted_sum(
-            self.llm_prefill_coefficients, llm_prefill_features(num_tokens, top_k, num_blocks)
-        )
-        decode_ms = _weighted_sum(self.decode_coefficients, decode_features(num_tokens, top_k, num_blocks))
+        num_tokens, top_k, num_blocks = torch.broadcast_tensors(num_tokens, top_k, num_blocks)
+        if self.config.formula_version == 1:
+            llm_prefill = llm_prefill_features(num_tokens, top_k, num_blocks)
+            llm_prefill_ms = _weighted_sum(self.llm_prefill_coefficients, llm_prefill)
+            decode_ms = _weighted_sum(self.decode_coefficients, decode_features(num_tokens, top_k, num_blocks))
+        else:
+            vision_ms = vision_ms * learned_factor(self.vision_units, (num_views,))
+            padded_tokens = pad_lengths(num_tokens, self.config.prefill_lengths)
+            llm_prefill = llm_prefill_features(padded_tokens, top_k, num_blocks, self.num_experts)
+            llm_prefill_ms = _weighted_sum(self.llm_prefill_coefficients, llm_prefill)
+            llm_prefill_ms = llm_prefill_ms * learned_factor(
+                self.llm_prefill_units, (padded_tokens, top_k, num_blocks)
+            )
+            output_tokens = torch.full_like(num_tokens, 2) if output_tokens is None else output_tokens
+            context = mean_context(num_tokens, output_tokens.to(num_tokens))
+            context, top_k, num_blocks = torch.broadcast_tensors(context, top_k, num_blocks)
+            decode_ms = _weighted_sum(self.decode_coefficients, decode_features(context, top_k, num_blocks))
+            decode_ms = decode_ms * learned_factor(self.decode_units, (context, top_k, num_blocks))
+        prefill_ms = vision_ms + llm_prefill_ms
+        shape = torch.broadcast_shapes(prefill_ms.shape, decode_ms.shape)
         return LatencyEstimatorOutput(
-            prefill_ms=vision_ms + llm_prefill_ms,
-            decode_ms_per_token=decode_ms,
-            vision_ms=vision_ms,
-            llm_prefill_ms=llm_prefill_ms,
+            prefill_ms=prefill_ms.expand(shape),
+            decode_ms_per_token=decode_ms.expand(shape),
+            vision_ms=vision_ms.expand(shape),
+            llm_prefill_ms=llm_prefill_ms.expand(shape),
         )
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each block of the executor; 1 for a dense one."""
+        return self.config.executor_shape["text_config.num_experts"]
 
     def predict_latency_ms(
         self,
@@ -161,6 +265,7 @@ class LatencyEstimatorModel(PreTrainedModel):
         vision_tokens: Sequence[int] | torch.Tensor,
         text_tokens: Sequence[int] | torch.Tensor,
         output_tokens: Sequence[int] | torch.Tensor,
+        quantile: float | None = None,
     ) -> torch.Tensor:
         """
         Latency of whole requests: `prefill_ms + decode_ms_per_token * (output_tokens - 1)`, as the prefill gives the
@@ -173,19 +278,17 @@ class LatencyEstimatorModel(PreTrainedModel):
                 As in [`~LatencyEstimatorModel.forward`], n each.
             output_tokens (`Sequence[int]` or `torch.Tensor`):
                 Tokens of the answer with the end of sequence, 1 or more, n of them.
+            quantile (`float`, *optional*):
+                Share of requests whose latency is to lie below what is predicted, e.g. 0.95 for a promise that is kept 19
+                times in 20. By default, the typical latency.
 
         Returns:
             `torch.Tensor` of shape (n,): milliseconds, float32.
 
         Raises:
             ValueError: If the estimator was not fitted, the arguments' lengths differ, a `top_k` or `num_blocks` lies
-                outside the range that was measured, or an answer has no token.
+                outside the range that was measured, an answer has no token, or the quantile was not fitted.
         """
-        self._check_fitted()
-        for setting in set(settings):
-            self._check_setting(setting)
-        top_k = torch.tensor([setting.top_k for setting in settings], device=self.device)
-        num_blocks = torch.tensor([setting.num_blocks for setting in settings], device=self.device)
         counts = {
             "num_views": num_views,
             "vision_tokens": vision_tokens,
@@ -194,18 +297,96 @@ class LatencyEstimatorModel(PreTrainedModel):
         }
         counts = {name: torch.as_tensor(values, device=self.device) for name, values in counts.items()}
         for name, values in counts.items():
-            if values.shape != top_k.shape:
+            if values.shape != (len(settings),):
                 raise ValueError(
                     f"`{name}` has the shape {tuple(values.shape)} but there are {len(settings)} settings: give one "
                     "value a setting."
                 )
-        output_tokens = counts.pop("output_tokens")
+        top_k, num_blocks = self._knobs(settings)
+        return self._total_ms(counts, top_k, num_blocks, quantile)
+
+    def predict_grid_ms(
+        self,
+        settings: Sequence[KnobSetting],
+        num_views: torch.Tensor,
+        vision_tokens: torch.Tensor,
+        text_tokens: torch.Tensor,
+        output_tokens: torch.Tensor,
+        quantile: float | None = None,
+    ) -> torch.Tensor:
+        """
+        Latency of n requests at each of s settings.
+
+        Args:
+            settings (`Sequence[KnobSetting]`):
+                The s settings, e.g. all of a [`KnobSpace`].
+            num_views, vision_tokens (`torch.Tensor`):
+                As in [`~LatencyEstimatorModel.forward`], of shape (s, n): they depend on the setting's tier.
+            text_tokens, output_tokens (`torch.Tensor`):
+                As in [`~LatencyEstimatorModel.predict_latency_ms`], of shape (n,) or (s, n).
+            quantile (`float`, *optional*):
+                As in [`~LatencyEstimatorModel.predict_latency_ms`].
+
+        Returns:
+            `torch.Tensor` of shape (s, n): milliseconds, float32.
+
+        Raises:
+            ValueError: As [`~LatencyEstimatorModel.predict_latency_ms`].
+        """
+        counts = {
+            "num_views": num_views,
+            "vision_tokens": vision_tokens,
+            "text_tokens": text_tokens,
+            "output_tokens": output_tokens,
+        }
+        shape = torch.Size((len(settings), num_views.shape[-1]))
+        for name, values in counts.items():
+            if values.shape != shape and (name.startswith(("num", "vision")) or values.shape != shape[1:]):
+                raise ValueError(f"`{name}` has the shape {tuple(values.shape)}: give {tuple(shape)}.")
+        top_k, num_blocks = self._knobs(settings)
+        counts = {name: values.to(self.device) for name, values in counts.items()}
+        return self._total_ms(counts, top_k[:, None], num_blocks[:, None], quantile)
+
+    def _knobs(self, settings: Sequence[KnobSetting]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_fitted()
+        for setting in set(settings):
+            self._check_setting(setting)
+        top_k = torch.tensor([setting.top_k for setting in settings], device=self.device)
+        num_blocks = torch.tensor([setting.num_blocks for setting in settings], device=self.device)
+        return top_k, num_blocks
+
+    def _total_ms(
+        self, counts: dict[str, torch.Tensor], top_k: torch.Tensor, num_blocks: torch.Tensor, quantile: float | None
+    ) -> torch.Tensor:
+        output_tokens = counts["output_tokens"]
         if (output_tokens < 1).any():
             raise ValueError(
                 f"`output_tokens` holds {int(output_tokens.min())}: an answer has 1 token at least, its end of sequence."
             )
         estimate = self(**counts, top_k=top_k, num_blocks=num_blocks)
-        return estimate.prefill_ms + estimate.decode_ms_per_token * (output_tokens - 1)
+        latency_ms = estimate.prefill_ms + estimate.decode_ms_per_token * (output_tokens - 1)
+        return latency_ms if quantile is None else latency_ms * self.quantile_factor(quantile)
+
+    def quantile_factor(self, quantile: float, part: str = "total") -> float:
+        """
+        What an estimate is multiplied with to get an upper quantile.
+
+        Args:
+            quantile (`float`):
+                A quantile that was fitted: 0.9, 0.95 or 0.99.
+            part (`str`, *optional*, defaults to `"total"`):
+                `"prefill"`, `"decode"` or `"total"`.
+
+        Raises:
+            ValueError: If the quantile was not fitted.
+        """
+        factors = (self.config.upper_quantiles or {}).get(part, {})
+        if str(quantile) not in factors:
+            raise ValueError(
+                f"the latency estimator has no quantile {quantile} of '{part}' (it has {list(factors) or 'none'}): ask for "
+                "one that it has, or fit it again with `joint-controller fit-latency`."
+            )
+        return factors[str(quantile)]
 
     def _check_fitted(self):
         lacking = [name for name, coefficients in self.named_parameters() if not (coefficients > 0).any()]
@@ -228,7 +409,8 @@ class LatencyEstimatorModel(PreTrainedModel):
 
     def check_executor(self, config: PreTrainedConfig):
         """
-        Makes sure that the estimator is about an executor.
+        Makes sure that the estimator is about an executor. Where nobody knows which executor was measured (imported
+        profiles may not say), a warning takes the place of the check.
 
         Args:
             config ([`MolmoConfig`]):
@@ -237,6 +419,12 @@ class LatencyEstimatorModel(PreTrainedModel):
         Raises:
             ValueError: If a size that latency depends on differs from the executor that was measured.
         """
+        if self.config.executor_shape is None:
+            logger.warning(
+                "the latency estimator does not know the sizes of the executor that it was fitted on: make sure that it is "
+                "this one."
+            )
+            return
         shape = executor_shape(config)
         differing = [
             f"{field} {measured} there, {shape[field]} here"
