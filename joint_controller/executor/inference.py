@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..molmo import MolmoForConditionalGeneration
+from .cpu_inference import CpuInference
 
 
 class Decoding(Protocol):
@@ -129,3 +130,32 @@ class PlainDecoding:
         self._cache.batch_select_indices(kept)
         self._attention_mask = self._attention_mask[kept]
         self.logits, self.tokens = self.logits[kept], self.tokens[kept]
+
+
+MODES = ("plain", "onednn")
+"""
+Ways to compute a Molmo, by name: `"plain"` runs its modules, anywhere; `"onednn"` is [`CpuInference`], on a CPU in float32.
+"""
+
+
+def load_inference(model: MolmoForConditionalGeneration, mode: str | None = None) -> tuple[str, Inference]:
+    """
+    Prepares a model to be computed in a mode.
+
+    Args:
+        model ([`MolmoForConditionalGeneration`]):
+            The model, on its device and in its precision. Its weights must not change afterwards.
+        mode (`str`, *optional*):
+            One of `MODES`. Defaults to `"onednn"` on a CPU in float32, where torch has oneDNN, else `"plain"`.
+
+    Returns:
+        `tuple[str, Inference]`: The mode, and the model in that mode.
+
+    Raises:
+        ValueError: If there is no such mode, or not for this model.
+    """
+    if mode is None:
+        mode = "onednn" if CpuInference.supports(model) else "plain"
+    if mode not in MODES:
+        raise ValueError(f"`mode` is '{mode}': choose one of {list(MODES)}.")
+    return mode, PlainInference(model) if mode == "plain" else CpuInference(model)

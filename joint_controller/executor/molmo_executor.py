@@ -31,7 +31,7 @@ from ..molmo import MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
 from ..molmo.processing_molmo import IMAGE_TOKENS
 from .importance import load_importance
-from .inference import PlainInference
+from .inference import load_inference
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
 from .stage_clock import StageClock
 
@@ -113,6 +113,9 @@ class MolmoExecutor:
             with a batch each beat two threads that share every small operation of one batch.
         vision_cache_bytes (`int`, *optional*, defaults to 512 MiB):
             Memory for encoded images on the model's device; the least recently used go first.
+        mode (`str`, *optional*):
+            How the model is computed: one of `MODES` in `executor.inference`, all of which give the same answers.
+            Defaults to the fastest one for the model's device and precision.
 
     Raises:
         ValueError: If the knob space is outside what the model has, the importance scores name a block that it does not
@@ -138,6 +141,7 @@ class MolmoExecutor:
         batch_size: int = 16,
         num_workers: int = 1,
         vision_cache_bytes: int = 512 * 2**20,
+        mode: str | None = None,
     ):
         counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_workers": num_workers}
         for name, value in counts.items():
@@ -149,7 +153,7 @@ class MolmoExecutor:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer would end: set `eos_token`.")
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
-        self._inference = PlainInference(model)
+        self.mode, self._inference = load_inference(self.model, mode)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.num_workers = num_workers

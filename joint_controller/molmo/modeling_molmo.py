@@ -184,6 +184,18 @@ class MolmoConnector(nn.Module):
         Returns:
             `torch.Tensor` of shape `(views, tokens, width of the language model)`.
         """
+        windows = self.windows(features, image_masks)
+        pooled = self.pooling(windows)
+        return self.projector(pooled).unflatten(0, (features.shape[0], -1))
+
+    def windows(self, features: torch.Tensor, image_masks: torch.Tensor | None) -> torch.Tensor:
+        """
+        Marks patches that are padding and cuts views into the windows that are pooled. Arguments are those of
+        [`~MolmoConnector.forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(views · tokens, patches in a window, feature_size)`.
+        """
         if image_masks is not None:
             all_padding = image_masks == 0
             # Masks below 0 count as partly padded: the reference writes -1 for views that it could not line up.
@@ -193,9 +205,7 @@ class MolmoConnector(nn.Module):
         rows, columns = self.pooling_size
         # (views, grid, grid, f) → (views · windows, patches in a window, f)
         windows = features.unflatten(1, (self.grid // rows, rows, self.grid // columns, columns))
-        windows = windows.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-        pooled = self.pooling(windows)
-        return self.projector(pooled).unflatten(0, (features.shape[0], -1))
+        return windows.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 class MolmoTextModel(OlmoeModel):
@@ -302,7 +312,7 @@ def _position_ids(
     return torch.arange(past, past + length, device=inputs_embeds.device)[None]
 
 
-def _is_padding_view(views: torch.Tensor) -> torch.Tensor:
+def is_padding_view(views: torch.Tensor) -> torch.Tensor:
     """
     Which of `views` `(n, patches, 3·patch²)` are there only to fill the batch: their features count as zero.
 
@@ -347,7 +357,7 @@ class MolmoModel(MolmoPreTrainedModel):
         outputs = self.vision_tower(views)
         # The class token stands first and is not used.
         features = torch.cat([outputs[layer][:, 1:] for layer in self.vit_layers], dim=-1)
-        features = features.masked_fill(_is_padding_view(views)[:, None, None], 0.0)
+        features = features.masked_fill(is_padding_view(views)[:, None, None], 0.0)
         masks = None if image_masks is None else image_masks.flatten(0, 1)
         return self.connector(features, masks).unflatten(0, (batch_size, num_views))
 

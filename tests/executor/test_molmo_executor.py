@@ -79,7 +79,11 @@ def generate_alone(executor, request, active_blocks):
     return tokens[0, inputs["input_ids"].shape[1] :].tolist(), inputs
 
 
-def test_answers_of_a_mixed_batch_equal_those_of_generate_one_by_one(executor, requests):
+@pytest.mark.parametrize("mode", ["plain", "onednn"])
+def test_answers_of_a_mixed_batch_equal_those_of_generate_one_by_one(
+    tiny_molmo, tiny_processor, knob_space, requests, mode
+):
+    executor = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=6, batch_size=4, mode=mode)
     outputs = executor.run(requests)
     assert len(outputs) == len(requests)
     assert len({output.answer for output in outputs}) > 5, "the model answers everything alike: the test shows nothing"
@@ -151,7 +155,7 @@ def test_batches_are_handed_out_as_they_are_done(executor, requests):
 
 
 def test_an_image_is_encoded_once_for_each_tier(tiny_molmo, tiny_processor, knob_space, requests, monkeypatch):
-    executor = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=2)
+    executor = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, mode="plain")
     views = []
     encode = tiny_molmo.get_image_features
     monkeypatch.setattr(

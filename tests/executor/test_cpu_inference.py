@@ -1,0 +1,136 @@
+"""The executor's way to compute a Molmo on a CPU, against the model's modules and the golden data."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from joint_controller import MolmoForConditionalGeneration
+from joint_controller.executor.cpu_inference import MIN_PACKED_MACS, CpuInference, PackedLinear
+from joint_controller.executor.inference import PlainInference, load_inference
+
+
+def random_prompts(model, lengths, num_features=10, seed=0):
+    """Prompts of several lengths, padded on the left, in which the first tokens but one carry an image feature."""
+    generator = torch.Generator().manual_seed(seed)
+    text = model.config.text_config
+    longest = max(lengths)
+    is_real = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    tokens = torch.randint(2, text.vocab_size, (len(lengths), longest), generator=generator)
+    places = torch.arange(1, 1 + num_features).repeat(len(lengths), 1) + longest - torch.tensor(lengths)[:, None]
+    places[:, -2:] = -100
+    return {
+        "input_ids": tokens.masked_fill(~is_real, text.pad_token_id),
+        "attention_mask": is_real.long(),
+        "image_features": torch.randn(len(lengths), 1, num_features, text.hidden_size, generator=generator),
+        "image_input_idx": places[:, None],
+    }
+
+
+def assert_equal_decoding(model, prompts, top_k, active_blocks, num_steps=6, keep_after=2, kept=None):
+    found = CpuInference(model).prefill(prompts, top_k, active_blocks)
+    with torch.inference_mode():
+        expected = PlainInference(model).prefill(prompts, top_k, active_blocks)
+        for step in range(num_steps):
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found.tokens, expected.tokens)
+            if kept is not None and step == keep_after:
+                found.keep(kept)
+                expected.keep(kept)
+            found.step()
+            expected.step()
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("active_blocks", [[0], [0, 2], [0, 1, 2, 3]])
+def test_decoding_of_one_prompt_equals_that_of_the_modules(tiny_molmo, top_k, active_blocks):
+    assert_equal_decoding(tiny_molmo, random_prompts(tiny_molmo, [25]), top_k, active_blocks, num_steps=30)
+
+
+@pytest.mark.parametrize("kept", [None, [0, 2], [2, 0, 1], [1]])
+def test_decoding_of_a_batch_equals_that_of_the_modules(tiny_molmo, kept):
+    assert_equal_decoding(tiny_molmo, random_prompts(tiny_molmo, [25, 14, 31]), 4, [0, 1, 3], kept=kept)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_topk_prob": True},
+        {"clip_qkv": 0.05},
+        {"num_key_value_heads": 2},
+        {"attention_bias": True},
+        {"hidden_act": "gelu"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_variants_of_the_language_model_equal_their_modules(tiny_molmo_config, changes):
+    config = tiny_molmo_config.__class__.from_dict(tiny_molmo_config.to_dict())
+    for name, value in changes.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(1)
+    model = MolmoForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    assert_equal_decoding(model, random_prompts(model, [25, 17]), 4, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("num_views", [1, 4])
+def test_image_features_equal_those_of_the_modules(tiny_molmo, num_views):
+    generator = torch.Generator().manual_seed(num_views)
+    views = torch.randn(1, num_views, 64, 48, generator=generator)
+    masks = torch.randint(0, 3, (1, num_views, 64), generator=generator) / 2
+    with torch.inference_mode():
+        expected = PlainInference(tiny_molmo).image_features(views, masks)
+    torch.testing.assert_close(CpuInference(tiny_molmo).image_features(views, masks), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_golden_cases_agree_without_the_modules(shared_dir):
+    folder = shared_dir / "molmo" / "golden" / "model"
+    model = MolmoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    inference = CpuInference(model)
+    tensors = load_file(folder / "cases.safetensors")
+    cases = json.loads((folder / "cases.json").read_text())["cases"]
+    assert cases
+    for case in cases:
+        sample, top_k, blocks = case.split(".")
+        features = inference.image_features(tensors[f"{sample}.images"].float(), tensors[f"{sample}.image_masks"])
+        torch.testing.assert_close(features, tensors[f"{sample}.image_features"][0], rtol=0, atol=1e-6)
+        input_ids = tensors[f"{sample}.input_ids"]
+        prompts = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "image_features": features[None],
+            "image_input_idx": tensors[f"{sample}.image_input_idx"].long(),
+        }
+        active_blocks = [int(block) for block in blocks.removeprefix("blocks").split("-")]
+        decoding = inference.prefill(prompts, int(top_k.removeprefix("topk")), active_blocks)
+        torch.testing.assert_close(decoding.logits[0], tensors[f"{case}.logits"][-1], rtol=0, atol=1e-5)
+        expected = tensors[f"{case}.greedy"]
+        for token in expected:
+            assert decoding.tokens[0] == token
+            decoding.step()
+
+
+@pytest.mark.parametrize("num_rows", [1, 200])
+@pytest.mark.parametrize("has_silu", [False, True])
+def test_a_packed_layer_equals_torchs_on_either_side_of_its_threshold(num_rows, has_silu):
+    layer = torch.nn.Linear(96, 80)
+    assert (num_rows * 96 * 80 > MIN_PACKED_MACS) == (num_rows == 200)
+    rows = torch.randn(num_rows, 96)
+    expected = layer(rows)
+    expected = torch.nn.functional.silu(expected) if has_silu else expected
+    found = PackedLinear(layer.weight, layer.bias, has_silu)(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mode_follows_device_and_precision(tiny_molmo, tiny_molmo_config):
+    assert load_inference(tiny_molmo)[0] == "onednn"
+    assert load_inference(tiny_molmo, "plain")[0] == "plain"
+    half = MolmoForConditionalGeneration(tiny_molmo_config).bfloat16()
+    assert load_inference(half)[0] == "plain"
+    with pytest.raises(ValueError, match="bfloat16.*mode 'plain'"):
+        load_inference(half, "onednn")
+    with pytest.raises(ValueError, match="choose one of"):
+        load_inference(tiny_molmo, "fast")
