@@ -1,0 +1,601 @@
+"""Where rows come from: the Hub, a folder written by `save_to_disk`, Parquet files, or a data set's official files."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow.parquet as pq
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+from .official_files import OFFICIAL_FILES, find_official_splits, read_official_files
+from .registry import VQA_DATASETS, VQADataset
+from .schema import DEFAULT_QUESTION_TYPE, FEATURES, SPLITS
+
+
+logger = logging.getLogger(__name__)
+
+CONVERSION_VERSION = 1
+"""Raise it when a published row becomes another row than before, so that no cached one is taken for it."""
+
+ENCODED_IMAGE = Image(decode=False)
+
+SOURCE_FEATURES = Features({**FEATURES, "image": ENCODED_IMAGE, "defect": Value("string")})
+"""Columns of a named data set: those of `FEATURES`, images not decoded, and `defect`: why the row cannot be used, `None`
+where it can."""
+
+ROLES = {"train2014": "train", "val": "validation", "val2014": "validation"}
+"""Names under which files and repositories have the splits `train` and `validation`."""
+
+NUM_STREAMING_SHARDS = 64
+"""Into how many parts at most a table that lies on disk is streamed: enough for the workers of one machine."""
+
+STREAMING_BATCH_SIZE = 16
+"""Published rows, images included, that streaming holds at once."""
+
+FIRST_ROWS_THREADS = 16
+
+_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
+_FILE_SPLIT = re.compile(r"(train2014|train|validation|val2014|val|testdev|test|dev)(?![A-Za-z0-9])")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
+
+_ROW = "__published_row__"
+_IMAGE_KEY = "__image_key__"
+_CONVERTED_FEATURES = Features(
+    {
+        **{name: feature for name, feature in SOURCE_FEATURES.items() if name != "image"},
+        _ROW: Value("int64"),
+        _IMAGE_KEY: Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """
+    A split, or the part of it that a share of its images makes.
+
+    Args:
+        name (`str`):
+            Name of the split.
+        start (`int`, *optional*, defaults to 0):
+            Where the part begins, in percent of the images.
+        stop (`int`, *optional*, defaults to 100):
+            Where it ends.
+    """
+
+    name: str
+    start: int = 0
+    stop: int = 100
+
+    @classmethod
+    def parse(cls, split: str) -> "SplitPart":
+        """
+        Reads "train", or "train[:90%]" and the like.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        match = _SPLIT.fullmatch(split)
+        part = match and cls(match["name"], int(match["start"] or 0), int(match["stop"] or 100))
+        if not part or not 0 <= part.start < part.stop <= 100:
+            raise ValueError(
+                f"the split '{split}' is not understood: give a name such as 'train', or a part of its images, such "
+                "as 'train[:90%]' and 'train[90%:]'."
+            )
+        return part
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the part is all of the split."""
+        return (self.start, self.stop) == (0, 100)
+
+    def contains(self, image_key: str) -> bool:
+        """
+        Whether an image belongs to the part: its place in percent is the leading 53 bits of the SHA-256 of its key,
+        read as a number in [0, 1), times 100. So all questions on an image are on the same side of a boundary, in
+        every run and source.
+        """
+        digest = hashlib.sha256(image_key.encode()).digest()
+        return self.start <= 100 * (int.from_bytes(digest[:8], "big") >> 11) / 2**53 < self.stop
+
+
+def read_source(name_or_path: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    Reads a split of a data set of visual questions as it stands: rows are not checked and images not decoded.
+
+    Args:
+        name_or_path (`str`):
+            - A name of `VQA_DATASETS`, such as `"text_vqa"`: its repository on the Hub.
+            - `"<name>=<path>"`: that data set in a local file or folder: written by `save_to_disk`; Parquet files as
+              published (in the folder, or its `data` or the configuration's folder); or, for data sets of
+              `OFFICIAL_FILES`, the official JSON files and image folders.
+            - A path of the same kinds, but official files, with the columns of `FEATURES` or some of them.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"`, `"validation"`, `"test"`, or another published split by its name. `"validation[:50%]"` is the
+            part of the split with about half of its images, `"validation[50%:]"` the rest of them (see
+            [`SplitPart.contains`]).
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read rows when they are asked for, in place of making a table of them first. Rows, ids and
+            their order are the same.
+
+    Returns:
+        `datasets.Dataset` or, if streaming, `datasets.IterableDataset`: Of a named data set, the columns of
+        `SOURCE_FEATURES`; `sample_id` is "<name>/<published split>/<published id, or number of the row>". Of a path,
+        the columns that it has, `sample_id` being "<folder or file>/<split>/<row>" where there was none.
+
+    Raises:
+        ValueError: If the data set or split does not exist, has no answers, has not the published columns, or cannot
+            be read. The message names what was looked for, and where.
+    """
+    part = SplitPart.parse(split)
+    entry, path = _parse_name(name_or_path)
+    if entry is None:
+        return _read_own(path, part, streaming)
+    role = ROLES.get(part.name, part.name)
+    where = f"'{entry.repository}' on the Hub" if path is None else f"'{path}'"
+    if role not in entry.splits:
+        raise ValueError(
+            f"data set '{entry.name}' has no split '{part.name}': it was published with {_describe_splits(entry)}. "
+            f"{_part_hint(entry)}"
+        )
+    if path is None:
+        published = _read_hub(entry, role, streaming)
+    else:
+        published = _read_named(entry, path, role, streaming)
+    if isinstance(published, IterableDataset):
+        rows = _convert_streamed(entry, role, published, part)
+    else:
+        rows = _convert_table(entry, role, published, part, where)
+        if streaming:
+            rows = rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows)))
+    if role in entry.unlabelled and not any(answer.strip() for answer in next(iter(rows))["answers"]):
+        raise ValueError(
+            f"split '{part.name}' of data set '{entry.name}' in {where} has no answers: it was published without. "
+            f"{_part_hint(entry)}"
+        )
+    return rows
+
+
+# ---- where to look --------------------------------------------------------------------------------------------------
+
+
+def _parse_name(name_or_path: str) -> tuple[VQADataset | None, Path | None]:
+    """The entry that is named, and the path that is given."""
+    if name_or_path in VQA_DATASETS:
+        return VQA_DATASETS[name_or_path], None
+    name, equals, path = name_or_path.partition("=")
+    if equals and name in VQA_DATASETS:
+        if not Path(path).exists():
+            raise ValueError(f"there is no file or folder '{path}' for data set '{name}'.")
+        return VQA_DATASETS[name], Path(path)
+    if not Path(name_or_path).exists():
+        unknown = f" ('{name}' is no known name)" if equals else ""
+        raise ValueError(
+            f"there is no data set '{name_or_path}'{unknown}: give 'easy_vqa', 'scenes', one of {list(VQA_DATASETS)} "
+            "(from the Hub), '<name>=<path>' for one of these in a local folder, or the path of a folder written by "
+            "`save_to_disk`, of a Parquet file, or of a folder of Parquet files."
+        )
+    return None, Path(name_or_path)
+
+
+def _describe_splits(entry: VQADataset) -> str:
+    without = {role: " (without answers)" for role in entry.unlabelled}
+    return ", ".join(f"'{name}'{without.get(role, '')}" for role, name in entry.splits.items())
+
+
+def _part_hint(entry: VQADataset) -> str:
+    """How to get a split that a data set does not have."""
+    labelled = [role for role in entry.splits if role not in entry.unlabelled]
+    if not labelled:
+        return "Give files that have answers."
+    return (
+        f"A split can be made of a part of another one's images, such as '{labelled[-1]}[:50%]' and "
+        f"'{labelled[-1]}[50%:]'."
+    )
+
+
+def _read_hub(entry: VQADataset, role: str, streaming: bool) -> Dataset | IterableDataset:
+    """Reads a published split from the Hub, or from what `datasets` has of it in its cache."""
+    if role in entry.not_on_hub:
+        on_hub = [name for other, name in entry.splits.items() if other not in entry.not_on_hub]
+        raise ValueError(
+            f"'{entry.repository}' on the Hub has no split '{role}' of data set '{entry.name}' (it has {on_hub}): give "
+            f"the official files, as '{entry.name}=path/to/folder'. {_part_hint(entry)}"
+        )
+    if role in entry.unlabelled:
+        raise ValueError(
+            f"split '{role}' of data set '{entry.name}' has no answers: it was published without. {_part_hint(entry)}"
+        )
+    published = entry.splits[role]
+    try:
+        if not streaming:
+            return load_dataset(entry.repository, entry.configuration, split=published)
+        builder = load_dataset_builder(entry.repository, entry.configuration)
+        return _stream_parquet(list(builder.config.data_files[published]), list(entry.columns), entry.columns)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        configuration = f" ({entry.configuration})" if entry.configuration else ""
+        raise ValueError(
+            f"data set '{entry.name}' cannot be read from '{entry.repository}'{configuration} on the Hub "
+            f"({_one_line(error)}): without a connection, give a folder that holds it, as "
+            f"'{entry.name}=path/to/folder'."
+        ) from error
+
+
+def _read_named(entry: VQADataset, path: Path, role: str, streaming: bool) -> Dataset | IterableDataset:
+    """Reads a published split from a local file or folder."""
+    saved = _find_saved(path)
+    files = _find_parquet(path, entry.configuration)
+    official = find_official_splits(entry.name, path)
+    for found in (saved, files, official):
+        names = [name for name in found if ROLES.get(name, name) == role]
+        if entry.splits[role] in names:
+            names = [entry.splits[role]]
+        if len(names) > 1:
+            raise ValueError(f"data set '{path}' has {names}, which all are the split '{role}': leave one of them.")
+        if not names:
+            continue
+        if found is saved:
+            return _load_saved(path, names[0])
+        if found is files:
+            return _load_parquet(path, files[names[0]], streaming, entry)
+        return read_official_files(entry.name, official[names[0]])
+    present = [name for found in (saved, files, official) for name in found]
+    if present:
+        official_hint = ""
+        if entry.name in OFFICIAL_FILES and role in OFFICIAL_FILES[entry.name]:
+            official_hint = f", or add {OFFICIAL_FILES[entry.name][role].describe()}"
+        raise ValueError(
+            f"data set '{entry.name}' in '{path}' has no split '{role}' (it has {present}): begin the names of its "
+            f"Parquet files with '{entry.splits[role]}'{official_hint}. {_part_hint(entry)}"
+        )
+    folders = [str(folder) for folder in _parquet_folders(path, entry.configuration)]
+    looked_for = f"a folder written by `save_to_disk`, nor Parquet files in {folders}"
+    if entry.name in OFFICIAL_FILES and role in OFFICIAL_FILES[entry.name]:
+        looked_for += f", nor the official {OFFICIAL_FILES[entry.name][role].describe()} in it or in a folder of it"
+    raise ValueError(f"there is no data set '{entry.name}' in '{path}': it is neither {looked_for}.")
+
+
+def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | IterableDataset:
+    """Reads a split of a data set in our own schema."""
+    saved = _find_saved(path)
+    files = _find_parquet(path, None)
+    found = saved or files
+    if not found:
+        raise ValueError(
+            f"there is no data set '{path}': give a folder written by `save_to_disk`, a Parquet file or a folder of "
+            "Parquet files. Official files need their name, as 'text_vqa=path/to/folder'."
+        )
+    name = part.name
+    if name not in found:
+        names = [other for other in found if ROLES.get(other, other) == ROLES.get(name, name)]
+        if len(names) != 1:
+            remedy = (
+                "save a `DatasetDict` with the splits that you need."
+                if saved
+                else f"start the names of its Parquet files with '{name}' (files whose names start with none of "
+                f"{list(SPLITS)} are 'train')."
+            )
+            raise ValueError(f"data set '{path}' has no split '{name}' (it has {list(found)}): {remedy}")
+        name = names[0]
+    prefix = f"{path.resolve().name.removesuffix('.parquet')}/{part.name}"
+    if saved:
+        rows = _load_saved(path, name)
+    else:
+        rows = _load_parquet(path, files[name], streaming)
+    if isinstance(rows, IterableDataset):
+        rows = _number_streamed(rows, prefix)
+        if not part.is_whole:
+            rows = rows.filter(_is_image_in_part, fn_kwargs={"part": part})
+        return rows
+    if isinstance(rows.features.get("image"), Image):
+        rows = rows.cast_column("image", ENCODED_IMAGE)
+    if "sample_id" not in rows.column_names:
+        rows = rows.add_column("sample_id", [f"{prefix}/{row:06d}" for row in range(len(rows))])
+    if not part.is_whole:
+        images = rows.select_columns("image").cast_column("image", ENCODED_IMAGE)
+        rows = rows.select([row for row, image in enumerate(images) if _is_image_in_part(image, part)])
+    return rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows))) if streaming else rows
+
+
+# ---- folders written by `save_to_disk` ------------------------------------------------------------------------------
+
+
+def _find_saved(path: Path) -> list[str]:
+    """Names of the splits of a folder written by `save_to_disk`; none if it is no such folder."""
+    if (path / "dataset_dict.json").is_file():
+        return json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    if (path / "state.json").is_file():
+        # One that was loaded as "validation[:10%]" is still of the split `validation`.
+        split = json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split") or "train"
+        return [split.partition("[")[0]]
+    return []
+
+
+def _load_saved(path: Path, split: str) -> Dataset:
+    return load_from_disk(str(path / split if (path / "dataset_dict.json").is_file() else path))
+
+
+# ---- Parquet files --------------------------------------------------------------------------------------------------
+
+
+def _parquet_folders(path: Path, configuration: str | None) -> list[Path]:
+    """Folders that Parquet files of a repository, or of one split of it, are in."""
+    bases = [path / name for name in (configuration, "data") if name] + [path]
+    return [base for base in bases if base.is_dir()]
+
+
+def _find_parquet(path: Path, configuration: str | None) -> dict[str, list[Path]]:
+    """The Parquet files of each split, in order: those of the first folder that has some."""
+    if path.is_file():
+        candidates = [[path]]
+    else:
+        candidates = [sorted(folder.glob("*.parquet")) for folder in _parquet_folders(path, configuration)]
+    splits: dict[str, list[Path]] = {}
+    for file in next((files for files in candidates if files), []):
+        if file.suffix == ".parquet":
+            match = _FILE_SPLIT.match(file.name)
+            name = match[1] if match else next((name for name in SPLITS if file.name.startswith(name)), "train")
+            splits.setdefault(name, []).append(file)
+    for name, files in splits.items():
+        shards = [match for file in files if (match := _SHARD.search(file.name))]
+        if shards and len(shards) != int(shards[0][2]):
+            logger.warning(
+                "'%s' has %d of the %s Parquet files of '%s'.", files[0].parent, len(shards), shards[0][2], name
+            )
+    return splits
+
+
+def _load_parquet(
+    path: Path, files: list[Path], streaming: bool, entry: VQADataset | None = None
+) -> Dataset | IterableDataset:
+    """Reads Parquet files: of a named data set the columns that are needed, else all."""
+    names = [str(file) for file in files]
+    try:
+        schema = Features.from_arrow_schema(pq.read_schema(names[0]))
+        if entry is not None:
+            _check_published(entry, schema, f"'{path}'")
+        columns = None if entry is None else list(entry.columns)
+        if streaming:
+            return _stream_parquet(names, columns, schema)
+        return Dataset.from_parquet(names, columns=columns)
+    except (OSError, DatasetGenerationError) as error:
+        raise _unreadable(path, error) from error
+    # A ValueError is what `datasets` and Arrow raise for files without rows and for files that are no Parquet.
+    except ValueError as error:
+        if isinstance(error, _PublishedSchemaError):
+            raise
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"data set '{path}' cannot be read ({_one_line(error)}): its Parquet files must be whole, hold rows and have "
+        "one schema."
+    )
+
+
+def _stream_parquet(files: Sequence[str], columns: list[str] | None, schema: Features) -> IterableDataset:
+    """
+    Rows of Parquet files, local or on the Hub, as they are asked for, with their number in the split: it is their own,
+    whichever process reads a file, and in whichever order.
+    """
+    with ThreadPoolExecutor(FIRST_ROWS_THREADS) as pool:
+        num_rows = list(pool.map(_count_rows, files))
+    if not sum(num_rows):
+        raise ValueError("there are no rows")
+    first_rows = [sum(num_rows[:index]) for index in range(len(files))]
+    features = {name: _undecoded(feature) for name, feature in schema.items() if columns is None or name in columns}
+    return IterableDataset.from_generator(
+        _iterate_parquet,
+        features=Features({**features, _ROW: Value("int64")}),
+        gen_kwargs={"files": list(files), "first_rows": first_rows, "columns": tuple(features)},
+    )
+
+
+def _undecoded(feature: Any) -> Any:
+    return ENCODED_IMAGE if isinstance(feature, Image) else feature
+
+
+def _count_rows(file: str) -> int:
+    with fsspec.open(file) as opened:
+        return pq.ParquetFile(opened).metadata.num_rows
+
+
+def _iterate_parquet(files: list[str], first_rows: list[int], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for file, row in zip(files, first_rows, strict=True):
+        with fsspec.open(file) as opened:
+            for batch in pq.ParquetFile(opened).iter_batches(STREAMING_BATCH_SIZE, columns=list(columns)):
+                for values in batch.to_pylist():
+                    yield {**values, _ROW: row}
+                    row += 1
+
+
+def _number_streamed(rows: IterableDataset, prefix: str) -> IterableDataset:
+    """Gives rows without an id one by their number."""
+    if "sample_id" in rows.column_names:
+        return rows.remove_columns(_ROW)
+    features = Features({**rows.features, "sample_id": Value("string")})
+    del features[_ROW]
+    return rows.map(_add_sample_id, fn_kwargs={"prefix": prefix}, remove_columns=[_ROW], features=features)
+
+
+def _add_sample_id(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {"sample_id": f"{prefix}/{row[_ROW]:06d}"}
+
+
+# ---- from published rows to ours ------------------------------------------------------------------------------------
+
+
+class _PublishedSchemaError(ValueError):
+    pass
+
+
+def _check_published(entry: VQADataset, features: Mapping[str, Any], where: str) -> None:
+    """Refuses a table that does not have the published columns."""
+    for column, expected in entry.columns.items():
+        if column not in features:
+            raise _PublishedSchemaError(
+                f"data set '{entry.name}' in {where} has no column '{column}' (it has {sorted(features)}): give it as "
+                f"it was published, with the columns {list(entry.columns)}, or give the path alone if the data set is "
+                "in a schema of your own."
+            )
+        if not _has_type(features[column], expected):
+            raise _PublishedSchemaError(
+                f"data set '{entry.name}' in {where}, column '{column}' has the type {features[column]}: it was "
+                f"published as {expected}."
+            )
+
+
+def _has_type(actual: Any, expected: Any) -> bool:
+    """Whether a column holds what the published one does; widths do not matter."""
+    if isinstance(expected, Image):
+        is_struct = isinstance(actual, dict) and set(actual) == {"bytes", "path"}
+        return isinstance(actual, Image) or is_struct
+    if isinstance(expected, List):
+        return isinstance(actual, List) and _has_type(actual.feature, expected.feature)
+    if isinstance(expected, dict):
+        return isinstance(actual, dict) and all(
+            name in actual and _has_type(actual[name], feature) for name, feature in expected.items()
+        )
+    return isinstance(actual, Value) and _kind(actual.dtype) == _kind(expected.dtype)
+
+
+def _kind(dtype: str) -> str:
+    return re.sub(r"^(large_|u)|\d+$", "", dtype)
+
+
+def _convert_table(entry: VQADataset, role: str, published: Dataset, part: SplitPart, where: str) -> Dataset:
+    """Makes our columns of the published ones. Texts are written to the cache, images stay where they are."""
+    if not len(published):
+        raise ValueError(f"data set '{entry.name}' in {where} has no rows in '{entry.splits[role]}'.")
+    _check_published(entry, published.features, where)
+    # Not in the folder of the data, where `datasets` would put it: that is the user's.
+    fingerprint = Hasher.hash((published._fingerprint, entry.name, role, CONVERSION_VERSION))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "joint_controller"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = published.select_columns(list(entry.text_columns)).map(
+        _convert_batch,
+        with_indices=True,
+        batched=True,
+        remove_columns=list(entry.text_columns),
+        features=_CONVERTED_FEATURES,
+        fn_kwargs={"name": entry.name, "role": role},
+        cache_file_name=str(folder / f"rows-{fingerprint}.arrow"),
+        desc=f"Reading '{entry.name}' ({entry.splits[role]})",
+    )
+    if not len(texts):
+        raise ValueError(f"data set '{entry.name}' in {where} has no questions in '{entry.splits[role]}'.")
+    images = published.select_columns(entry.image_column)
+    if entry.image_column != "image":
+        images = images.rename_column(entry.image_column, "image")
+    images = images.cast_column("image", ENCODED_IMAGE)
+    if entry.questions_column is not None:
+        # Here alone images are copied, since a table has one image a row.
+        images = images.select(texts[_ROW]).flatten_indices(
+            cache_file_name=str(folder / f"images-{fingerprint}.arrow"), writer_batch_size=STREAMING_BATCH_SIZE
+        )
+    rows = concatenate_datasets([texts.remove_columns([_ROW, _IMAGE_KEY]), images], axis=1)
+    rows = rows.select_columns(list(SOURCE_FEATURES))
+    if part.is_whole:
+        return rows
+    keys = texts[_IMAGE_KEY]
+    chosen = [
+        row
+        for row, key in enumerate(keys)
+        if (part.contains(key) if key is not None else _is_image_in_part(images[row], part))
+    ]
+    if not chosen:
+        raise ValueError(
+            f"data set '{entry.name}' in {where} has no image in the part {part.start}% to {part.stop}% of "
+            f"'{part.name}'."
+        )
+    return rows.select(chosen)
+
+
+def _convert_streamed(entry: VQADataset, role: str, published: IterableDataset, part: SplitPart) -> IterableDataset:
+    rows = published.map(
+        _convert_streamed_batch,
+        batched=True,
+        batch_size=STREAMING_BATCH_SIZE,
+        remove_columns=list(published.features),
+        features=Features({**_CONVERTED_FEATURES, "image": ENCODED_IMAGE}),
+        fn_kwargs={"name": entry.name, "role": role},
+    )
+    if not part.is_whole:
+        rows = rows.filter(_is_image_in_part, fn_kwargs={"part": part})
+    return rows.select_columns(list(SOURCE_FEATURES))
+
+
+def _convert_streamed_batch(batch: Mapping[str, list[Any]], name: str, role: str) -> dict[str, list[Any]]:
+    entry = VQA_DATASETS[name]
+    numbers = batch[_ROW]
+    converted = _convert_batch(batch, numbers, name, role)
+    first = numbers[0]
+    converted["image"] = [batch[entry.image_column][number - first] for number in converted[_ROW]]
+    return converted
+
+
+def _convert_batch(
+    batch: Mapping[str, list[Any]], numbers: Sequence[int], name: str, role: str
+) -> dict[str, list[Any]]:
+    """Our rows of published ones: texts alone, with the number of the published row that each is of."""
+    entry = VQA_DATASETS[name]
+    converted = {column: [] for column in _CONVERTED_FEATURES}
+    for position, number in enumerate(numbers):
+        published = {column: batch[column][position] for column in entry.text_columns}
+        if entry.questions_column is None:
+            questions = [entry.convert(published, number)]
+        else:
+            listed = published.pop(entry.questions_column) or []
+            questions = [
+                entry.convert({**published, **question}, f"{number}-{index}") for index, question in enumerate(listed)
+            ]
+        for row in questions:
+            converted["sample_id"].append(f"{name}/{entry.splits[role]}/{row['id']}")
+            converted["question"].append(row["question"])
+            converted["answers"].append(row["answers"] or [])
+            converted["style"].append(row.get("style", entry.style))
+            converted["metric"].append(row.get("metric", entry.metric))
+            converted["question_type"].append(row.get("question_type") or DEFAULT_QUESTION_TYPE)
+            converted["defect"].append(row.get("defect"))
+            converted[_ROW].append(number)
+            converted[_IMAGE_KEY].append(row.get("image_key"))
+    return converted
+
+
+def _is_image_in_part(row: Mapping[str, Any], part: SplitPart) -> bool:
+    """By the image's key, or, where there is none, by its bytes, or by the name of its file."""
+    key = row.get(_IMAGE_KEY)
+    if key is not None:
+        return part.contains(key)
+    image = row["image"]
+    encoded = image if isinstance(image, bytes) else isinstance(image, Mapping) and image["bytes"]
+    if encoded:
+        return part.contains(hashlib.sha256(encoded).hexdigest())
+    path = image["path"] if isinstance(image, Mapping) else image
+    return part.contains(Path(path or "").name)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
