@@ -51,10 +51,27 @@ def executor_shape(config: PreTrainedConfig) -> dict[str, Any]:
 
 class LatencyEstimatorConfig(PreTrainedConfig):
     r"""
-    Configuration of [`LatencyEstimatorModel`]. The model has no hyper-parameters; the configuration says where its
-    coefficients come from, so that they are not used for something else.
+    Configuration of [`LatencyEstimatorModel`]: its formula, and where its coefficients come from, so that they are not used
+    for something else.
 
     Args:
+        > Parameters of the formula
+
+        formula_version (`int`, *optional*, defaults to 1):
+            1: a sum of physical terms; decode steps cost what the first one does. 2: a sum of physical terms, the experts
+            that a prefill touches among them, times a learned factor for each stage; decode steps cost more the later
+            they are. Folders that do not say are of version 1; new fits are of version 2.
+        num_units (`int`, *optional*, defaults to 16):
+            Units of the learned factor of each stage (version 2).
+        prefill_lengths (`list[int]`, *optional*):
+            Lengths, ascending, that the executor pads prompts to before it prefills them: a prompt costs what the next
+            one costs. By default prompts are not padded; nor are those longer than the last length.
+        upper_quantiles (`dict[str, dict[str, float]]`, *optional*):
+            For `"prefill"`, `"decode"` and `"total"`, by quantile (e.g. `"0.95"`): what an estimate is multiplied with so
+            that this share of measurements lies below.
+
+        > Parameters that say what was measured
+
         fitted_knobs (`dict[str, list]`, *optional*):
             Values of each knob (`tier`, `top_k`, `num_blocks`) that were measured, cheapest first.
         fitted_counts (`dict[str, list[int]]`, *optional*):
@@ -75,12 +92,21 @@ class LatencyEstimatorConfig(PreTrainedConfig):
             How the executor computed, e.g. `"plain"`.
         executor_revision (`str`, *optional*):
             Version of the executor's code.
+        recalibrated_from (`dict[str, Any]`, *optional*):
+            Machine and executor of the estimator that this one was adapted from, see [`~latency.recalibrate`].
         held_out (`dict[str, Any]`, *optional*):
             Error on settings and inputs that the fit did not see, see [`~latency.fit_latency_estimator`].
+
+    Raises:
+        ValueError: If the version of the formula is unknown, or `num_units` is not positive.
     """
 
     model_type = "latency_estimator"
 
+    formula_version: int = 1
+    num_units: int = 16
+    prefill_lengths: list[int] | None = None
+    upper_quantiles: dict[str, dict[str, float]] | None = None
     fitted_knobs: dict[str, list] | None = None
     fitted_counts: dict[str, list[int]] | None = None
     executor_shape: dict[str, Any] | None = None
@@ -91,4 +117,15 @@ class LatencyEstimatorConfig(PreTrainedConfig):
     driver_version: str | None = None
     executor_mode: str | None = None
     executor_revision: str | None = None
+    recalibrated_from: dict[str, Any] | None = None
     held_out: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.formula_version not in (1, 2):
+            raise ValueError(
+                f"the latency estimator has the formula version {self.formula_version}, this package knows 1 and 2: use a "
+                "newer version of joint-controller."
+            )
+        if self.num_units < 1:
+            raise ValueError(f"`num_units` is {self.num_units}: give 1 or more.")

@@ -33,8 +33,9 @@ LLM_PREFILL_FEATURES = {
 DECODE_FEATURES = ("constant", "blocks", "blocks x top_k", "tokens x blocks")
 
 VISION_INPUTS = ("views",)
-LLM_INPUTS = ("tokens", "top_k", "blocks")
-"""What the learned factors of prefill and decode see."""
+LLM_PREFILL_INPUTS = ("tokens", "top_k", "blocks", "tokens x top_k")
+DECODE_INPUTS = ("tokens", "top_k", "blocks", "blocks x top_k")
+"""What the learned factor of each stage sees."""
 
 
 @dataclass
@@ -85,8 +86,20 @@ def share_of_experts_touched(num_tokens: torch.Tensor, top_k: torch.Tensor, num_
     1 - (1 - top_k / num_experts)^num_tokens. The weights of these are read, however few tokens they get.
     """
     # In float64, whose rounding is lost in the precision of the result: a longer prompt must not touch less.
-    missed = torch.log1p(-top_k.double() / num_experts)
+    missed = torch.log1p(-(top_k.double() / num_experts).clamp(max=1))
     return -torch.expm1(num_tokens.double() * missed).to(num_tokens.dtype)
+
+
+def llm_prefill_inputs(
+    num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Values of `LLM_PREFILL_INPUTS`."""
+    return num_tokens, top_k, num_blocks, num_tokens * top_k
+
+
+def decode_inputs(num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Values of `DECODE_INPUTS`."""
+    return num_tokens, top_k, num_blocks, num_blocks * top_k
 
 
 def decode_features(
@@ -127,9 +140,8 @@ def mean_context(num_tokens: torch.Tensor, output_tokens: torch.Tensor) -> torch
 
 def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    1 or more, and non-decreasing in every input: a network with one hidden layer whose weights are not negative, and whose
-    units z^2 / (1 + z^2) bend upwards at first and downwards later, so that steps, thresholds and saturation can be
-    learnt.
+    1 or more, and non-decreasing in every input: a network with one hidden layer whose weights are not negative. Its units,
+    z^8 / (1 + z^8), are soft steps at z = 1, so that thresholds, kinks and saturation can be learnt.
 
     Args:
         units (`torch.Tensor` of shape `(num_units, num_inputs + 1)`):
@@ -140,8 +152,10 @@ def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch
     total = torch.ones_like(inputs[0])
     for *input_weights, output_weight in units:
         z = _weighted_sum(input_weights, inputs)
+        for _ in range(3):
+            z = z * z
         # Written so that each operation is monotone after rounding, too.
-        total = total + output_weight * (1 - 1 / (1 + z * z))
+        total = total + output_weight * (1 - 1 / (1 + z))
     return total
 
 
@@ -172,8 +186,8 @@ class LatencyEstimatorModel(PreTrainedModel):
         self.decode_coefficients = zeros(len(DECODE_FEATURES))
         if config.formula_version == 2:
             self.vision_units = zeros(config.num_units, len(VISION_INPUTS) + 1)
-            self.llm_prefill_units = zeros(config.num_units, len(LLM_INPUTS) + 1)
-            self.decode_units = zeros(config.num_units, len(LLM_INPUTS) + 1)
+            self.llm_prefill_units = zeros(config.num_units, len(LLM_PREFILL_INPUTS) + 1)
+            self.decode_units = zeros(config.num_units, len(DECODE_INPUTS) + 1)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -237,13 +251,13 @@ class LatencyEstimatorModel(PreTrainedModel):
             llm_prefill = llm_prefill_features(padded_tokens, top_k, num_blocks, self.num_experts)
             llm_prefill_ms = _weighted_sum(self.llm_prefill_coefficients, llm_prefill)
             llm_prefill_ms = llm_prefill_ms * learned_factor(
-                self.llm_prefill_units, (padded_tokens, top_k, num_blocks)
+                self.llm_prefill_units, llm_prefill_inputs(padded_tokens, top_k, num_blocks)
             )
             output_tokens = torch.full_like(num_tokens, 2) if output_tokens is None else output_tokens
             context = mean_context(num_tokens, output_tokens.to(num_tokens))
             context, top_k, num_blocks = torch.broadcast_tensors(context, top_k, num_blocks)
             decode_ms = _weighted_sum(self.decode_coefficients, decode_features(context, top_k, num_blocks))
-            decode_ms = decode_ms * learned_factor(self.decode_units, (context, top_k, num_blocks))
+            decode_ms = decode_ms * learned_factor(self.decode_units, decode_inputs(context, top_k, num_blocks))
         prefill_ms = vision_ms + llm_prefill_ms
         shape = torch.broadcast_shapes(prefill_ms.shape, decode_ms.shape)
         return LatencyEstimatorOutput(
@@ -255,7 +269,9 @@ class LatencyEstimatorModel(PreTrainedModel):
 
     @property
     def num_experts(self) -> int:
-        """Experts of each block of the executor; 1 for a dense one."""
+        """Experts of each block of the executor; 1 for one whose sizes nobody knows: each prompt touches all weights."""
+        if self.config.executor_shape is None:
+            return 1
         return self.config.executor_shape["text_config.num_experts"]
 
     def predict_latency_ms(
