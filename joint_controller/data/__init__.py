@@ -1,7 +1,9 @@
 """Visual question answering data in one schema, synthetic scenes, and latency budgets."""
 
 from .budgets import draw_budget
+from .images import ImageError, decode_image
 from .loading import load_vqa_dataset, load_vqa_datasets
+from .row_checks import BadRow, SkippedRows, keep_good_rows
 from .scenes import (
     QUESTION_TYPES,
     Scene,
@@ -12,22 +14,26 @@ from .scenes import (
     scene_seed,
     vocabulary,
 )
-from .schema import FEATURES, SPLITS, validate_dataset
+from .schema import FEATURES, SPLITS
 
 
 __all__ = [
+    "BadRow",
     "FEATURES",
+    "ImageError",
     "QUESTION_TYPES",
     "SPLITS",
     "Scene",
     "SceneObject",
     "SceneQuestion",
     "SceneSign",
+    "SkippedRows",
+    "decode_image",
     "draw_budget",
     "generate_scene",
+    "keep_good_rows",
     "load_vqa_dataset",
     "load_vqa_datasets",
     "scene_seed",
-    "validate_dataset",
     "vocabulary",
 ]

@@ -1,9 +1,6 @@
-"""The one schema of all data sets, and the checks that a row must pass."""
-
-from collections.abc import Sequence
+"""The one schema of all data sets."""
 
 from datasets import Dataset, Features, Image, List, Value
-from PIL import UnidentifiedImageError
 
 
 SPLITS = ("train", "validation", "test")
@@ -106,43 +103,3 @@ def conform_to_schema(dataset: Dataset, name: str, id_prefix: str) -> Dataset:
     # This leaves the images where they are. Casting all columns copies them, which few files need.
     dataset = dataset.cast_column("image", Image())
     return dataset if dataset.features == FEATURES else dataset.cast(FEATURES, keep_in_memory=True)
-
-
-def validate_dataset(dataset: Dataset, name: str, rows: Sequence[int] | None = None) -> None:
-    """
-    Reads every row once, images included, so that nothing fails half-way through a run.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            A data set with the columns of `FEATURES`.
-        name (`str`):
-            Name of the data set in error messages.
-        rows (`Sequence[int]`, *optional*):
-            Row numbers to use in messages, one for each row: those that the rows had in the file they come from.
-
-    Raises:
-        ValueError: If a row has no question, no answers, an empty answer or an image that cannot be decoded. The
-            message names the data set, the row and the column, and says how to mend it.
-    """
-    mend = "Mend the row or remove it."
-    without_images = dataset.remove_columns("image")
-    for position in range(len(dataset)):
-        where = f"data set '{name}', row {position if rows is None else rows[position]}"
-        sample = without_images[position]
-        if sample["sample_id"] is None or not sample["sample_id"].strip():
-            raise ValueError(f"{where}, column 'sample_id': it is empty. {mend}")
-        where = f"{where} (sample '{sample['sample_id']}')"
-        if sample["question"] is None or not sample["question"].strip():
-            raise ValueError(f"{where}, column 'question': the question is empty. {mend}")
-        if not sample["answers"]:
-            raise ValueError(f"{where}, column 'answers': there are none. {mend}")
-        if any(answer is None or not answer.strip() for answer in sample["answers"]):
-            raise ValueError(f"{where}, column 'answers': an answer is empty in {sample['answers']}. {mend}")
-        try:
-            image = dataset[position]["image"]
-        # Pillow reports damaged files by any of these, depending on the format.
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-            raise ValueError(f"{where}, column 'image': the image cannot be decoded ({reason}). {mend}") from error
-        if image is None:
-            raise ValueError(f"{where}, column 'image': there is no image. {mend}")

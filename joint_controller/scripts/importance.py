@@ -8,28 +8,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..data import load_vqa_datasets
 from ..evaluation.scoring import score_answer
 from ..executor import MolmoExecutor, measure_importance, save_importance
 from . import ScriptParser, run_script
+from .data_arguments import DatasetArguments, load_split, open_skipped_rows
 
 
-@dataclass
-class ImportanceArguments:
+@dataclass(kw_only=True)
+class ImportanceArguments(DatasetArguments):
     """
-    Arguments of `joint-controller importance`.
+    Arguments of `joint-controller importance`, beside those of [`DatasetArguments`].
 
     Args:
         output_path (`str`):
             JSON file to write.
         model_path (`str`, *optional*, defaults to `"embedded"`):
             The executor.
-        dataset_names (`list[str]`, *optional*, defaults to `["easy_vqa", "scenes"]`):
-            Data sets to measure on.
         dataset_split (`str`, *optional*, defaults to `"validation"`):
-            Their split.
+            Split of the data sets.
         max_samples (`int`, *optional*, defaults to 1000):
-            Samples, shared evenly between the data sets.
+            Samples to measure on.
         max_new_tokens (`int`, *optional*, defaults to 16):
             Most tokens of an answer.
         batch_size (`int`, *optional*, defaults to 32):
@@ -43,19 +41,11 @@ class ImportanceArguments:
         default="embedded",
         metadata={"help": "Model folder or Hub repository of the executor; 'embedded' is the one that ships here."},
     )
-    dataset_names: list[str] = field(
-        default_factory=lambda: ["easy_vqa", "scenes"],
-        metadata={
-            "help": "Data sets to measure on: 'easy_vqa', 'scenes', a saved data set's folder or Parquet files."
-        },
-    )
     dataset_split: str = field(
         default="validation",
         metadata={"help": "Split of the data sets. Training data held out, not the test split: scores set the knobs."},
     )
-    max_samples: int = field(
-        default=1000, metadata={"help": "Samples to measure on, shared evenly between the data sets."}
-    )
+    max_samples: int = field(default=1000, metadata={"help": "Samples to measure on."})
     max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer."})
     batch_size: int = field(default=32, metadata={"help": "Most prompts that are answered at once."})
     seed: int = field(default=42, metadata={"help": "Seed that chooses the samples."})
@@ -73,11 +63,13 @@ def main(args: ImportanceArguments) -> dict[int, float]:
     executor = MolmoExecutor.from_pretrained(
         args.model_path, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
     )
-    dataset = load_vqa_datasets(args.dataset_names, args.dataset_split, args.max_samples, args.seed)
+    skipped_rows = open_skipped_rows(args, output_path.parent)
+    dataset = load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows)
     scores, accuracy = measure_importance(executor, dataset, score_answer, progress=True)
     provenance = {
         "method": "accuracy lost when the block is left out, other knobs full",
         "dataset_names": args.dataset_names,
+        "dataset_weights": args.dataset_weights,
         "dataset_split": args.dataset_split,
         "num_samples": len(dataset),
         "seed": args.seed,
@@ -95,6 +87,8 @@ def main(args: ImportanceArguments) -> dict[int, float]:
     for block in sorted(scores, key=scores.get, reverse=True):
         table.add_row(str(block), f"{scores[block]:+.4f}")
     console = Console()
+    if skipped_rows:
+        console.print(skipped_rows.summary())
     console.print(table)
     console.print(f"Scores are in '{output_path}'. An executor folder takes them as its importance.json.")
     return scores

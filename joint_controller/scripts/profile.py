@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import ScriptParser, run_script
+from .data_arguments import DatasetArguments, load_split, open_skipped_rows
 
 
-@dataclass
-class ProfileArguments:
+@dataclass(kw_only=True)
+class ProfileArguments(DatasetArguments):
     """
-    Arguments of `joint-controller profile`.
+    Arguments of `joint-controller profile`, beside those of [`DatasetArguments`].
     """
 
     output_dir: str = field(metadata={"help": "New folder for the table of measurements (profile.parquet)."})
@@ -55,7 +56,6 @@ class ProfileArguments:
 def main(args: ProfileArguments):
     import torch
 
-    from ..data import load_vqa_datasets
     from ..executor import MolmoExecutor
     from ..latency import profile_executor, save_profile
     from ..latency.profile_table import PROFILE_FILE
@@ -67,7 +67,10 @@ def main(args: ProfileArguments):
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     executor = MolmoExecutor.from_pretrained(args.model_path)
-    dataset = load_vqa_datasets(args.dataset_names, args.dataset_split, args.num_inputs, args.seed)
+    skipped_rows = open_skipped_rows(args, args.output_dir)
+    dataset = load_split(args, args.dataset_split, args.num_inputs, args.seed, skipped_rows)
+    if skipped_rows:
+        print(skipped_rows.summary())
     profile = profile_executor(
         executor,
         dataset,

@@ -11,21 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import ScriptParser, run_script
+from .data_arguments import DatasetArguments, load_split, open_skipped_rows
 from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
 
 
 @dataclass
-class SweepArguments(ExecutorArguments):
+class SweepArguments(ExecutorArguments, DatasetArguments):
     """
     Arguments of `joint-controller sweep`. Knob values are the controller's.
     """
 
     controller_path: str = field(default="", metadata={"help": "Folder or Hub name of the controller. Required."})
     output_dir: str = field(default="", metadata={"help": "New folder for the table (sweep.parquet). Required."})
-    dataset_names: list[str] = field(
-        default_factory=lambda: ["easy_vqa", "scenes"],
-        metadata={"help": "Data sets: `easy_vqa`, `scenes`, a folder or Parquet files."},
-    )
     dataset_split: str = field(default="test", metadata={"help": "Split that is evaluated."})
     max_samples: int | None = field(default=None, metadata={"help": "Samples in all. Default: all."})
     max_static_samples: int = field(
@@ -52,7 +49,6 @@ def main(args: SweepArguments):
     from rich.console import Console
 
     from ..controller import JointControllerModel
-    from ..data import load_vqa_datasets
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.scoring import score_answer
     from ..evaluation.sweep import (
@@ -83,8 +79,9 @@ def main(args: SweepArguments):
     args.top_k_values, args.num_blocks_values = list(space.top_k), list(space.num_blocks)
     executor = load_executor(args)
     latency_estimator = load_latency_estimator(args, executor)
-    samples = list(load_vqa_datasets(args.dataset_names, args.dataset_split, args.max_samples, args.seed))
-    train_samples = list(load_vqa_datasets(args.dataset_names, "train", args.max_static_samples, args.seed))
+    skipped_rows = open_skipped_rows(args, args.output_dir)
+    samples = list(load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows))
+    train_samples = list(load_split(args, "train", args.max_static_samples, args.seed, skipped_rows))
     store = OutcomeStore(args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint)
     collector = OutcomeCollector(executor, store, score_answer)
 
@@ -105,6 +102,8 @@ def main(args: SweepArguments):
     rows = sweep_budgets(policies, collector, latency_estimator, samples, fractions, full_setting_ms, progress=True)
     sweep_to_dataset(rows).to_parquet(output_file)
     console = Console()
+    if skipped_rows:
+        console.print(skipped_rows.summary())
     console.print(format_sweep_table(rows, f"{len(samples)} samples of {', '.join(args.dataset_names)}"))
     console.print(f"The table is in {output_file}.")
 

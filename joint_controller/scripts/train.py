@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..trainer import JointGRPOConfig
 from . import ScriptParser, run_script
+from .data_arguments import DataArguments, load_data_splits, open_skipped_rows
 from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
 
 
@@ -47,23 +48,11 @@ NUM_PROFILED_INPUTS = 12
 
 
 @dataclass
-class TrainArguments(ExecutorArguments):
+class TrainArguments(ExecutorArguments, DataArguments):
     """
     Arguments of `joint-controller train`, beside those of [`JointGRPOConfig`].
     """
 
-    dataset_names: list[str] = field(
-        default_factory=lambda: ["easy_vqa", "scenes"],
-        metadata={"help": "Data sets: `easy_vqa`, `scenes`, a folder or Parquet files."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Training samples in all. Default: all."})
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={"help": "Validation samples in all, on which the best controller is chosen. Default: all."},
-    )
-    max_test_samples: int | None = field(
-        default=None, metadata={"help": "Test samples in all, for the table at the end. Default: all."}
-    )
     max_static_samples: int = field(
         default=256,
         metadata={
@@ -103,7 +92,6 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     from transformers import set_seed
 
     from ..controller import JointControllerConfig, JointControllerModel
-    from ..data import load_vqa_datasets
     from ..evaluation.scoring import score_answer
     from ..outcomes import OutcomeCollector, OutcomeStore
     from ..trainer import JointGRPOTrainer
@@ -116,14 +104,8 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     _check_output_dir(output_dir, resume)
     # What can be refused is refused before anything is loaded, measured or written.
     executor = load_executor(script_args)
-    train_dataset, eval_dataset, test_dataset = (
-        load_vqa_datasets(script_args.dataset_names, split, max_samples, training_args.seed)
-        for split, max_samples in (
-            ("train", script_args.max_train_samples),
-            ("validation", script_args.max_eval_samples),
-            ("test", script_args.max_test_samples),
-        )
-    )
+    skipped_rows = open_skipped_rows(script_args, output_dir)
+    train_dataset, eval_dataset, test_dataset = load_data_splits(script_args, training_args.seed, skipped_rows)
     output_dir.mkdir(parents=True, exist_ok=True)
     is_main_process = PartialState().is_main_process
     _log_to_file(output_dir / LOG_FILE, is_main_process)
@@ -136,6 +118,8 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
         len(eval_dataset),
         len(test_dataset),
     )
+    if skipped_rows:
+        logger.warning(skipped_rows.summary())
     if script_args.latency_estimator_path == FIT:
         latency_estimator = _fit_latency_estimator(executor, train_dataset, output_dir / "latency_estimator")
     else:

@@ -1,0 +1,88 @@
+"""Several data sets as one."""
+
+from collections.abc import Sequence
+
+from datasets import Dataset, concatenate_datasets, interleave_datasets
+
+
+def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+    """
+    Refuses weights that make no mixture.
+
+    Raises:
+        ValueError: If there is not one positive, finite weight for each name.
+    """
+    if len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weights are given for {len(names)} data sets: give one weight for each.")
+    for name, weight in zip(names, weights, strict=True):
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of data set '{name}' is {weight}: give a positive number, or leave it out.")
+
+
+def split_evenly(max_samples: int, num_datasets: int) -> list[int]:
+    """Shares of a number of samples, as equal as can be, the larger ones first."""
+    return [max_samples // num_datasets + (index < max_samples % num_datasets) for index in range(num_datasets)]
+
+
+def split_by_weight(weights: Sequence[float], num_rows: Sequence[int], max_samples: int | None = None) -> list[int]:
+    """
+    How many rows of each data set make an epoch. Each has its weight's share of the rows, no row occurs twice, and the epoch
+    is as long as that allows: min over data sets of rows / share, or `max_samples` if that is less.
+
+    Args:
+        weights (`Sequence[float]`):
+            One positive number for each data set; only their ratios count.
+        num_rows (`Sequence[int]`):
+            Rows that each has.
+        max_samples (`int`, *optional*):
+            Longest epoch.
+
+    Returns:
+        `list[int]`: Rows of each data set: its exact share, rounded down or, for those with the largest remainders, up.
+
+    Raises:
+        ValueError: If the share of a data set is less than one row.
+    """
+    total = sum(weights)
+    limits = [rows * total / weight for rows, weight in zip(num_rows, weights, strict=True)]
+    # Not beyond the limit by a rounding error of the division.
+    epoch = int(min(limit + 1e-6 for limit in [*limits, *([] if max_samples is None else [max_samples])]))
+    exact = [epoch * weight / total for weight in weights]
+    counts = [int(share + 1e-9) for share in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: epoch - sum(counts)]:
+        if counts[index] < num_rows[index]:
+            counts[index] += 1
+    if 0 in counts:
+        raise ValueError(
+            f"with the weights {list(weights)}, an epoch of {epoch} samples has none of data set {counts.index(0) + 1}: raise "
+            "`max_samples` or its weight, or leave it out."
+        )
+    return counts
+
+
+def concatenate_and_shuffle(datasets: Sequence[Dataset], seed: int) -> Dataset:
+    """All rows in one random order."""
+    return concatenate_datasets(list(datasets)).shuffle(seed=seed, keep_in_memory=True)
+
+
+def interleave_by_weight(datasets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
+    """
+    All rows, each once: the next one is from a data set drawn by weight, as long as that has rows left. Each data set's own
+    rows come in random order.
+
+    Args:
+        datasets (`Sequence[datasets.Dataset]`):
+            Data sets of one schema.
+        weights (`Sequence[float]`):
+            One for each; only their ratios count.
+        seed (`int`):
+            Chooses the order.
+    """
+    total = sum(weights)
+    return interleave_datasets(
+        [dataset.shuffle(seed=seed, keep_in_memory=True) for dataset in datasets],
+        probabilities=[weight / total for weight in weights],
+        seed=seed,
+        stopping_strategy="all_exhausted_without_replacement",
+    )
