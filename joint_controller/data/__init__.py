@@ -14,11 +14,13 @@ from .scenes import (
     scene_seed,
     vocabulary,
 )
-from .schema import FEATURES, SPLITS
+from .schema import ENCODED_FEATURES, FEATURES, SPLITS
+from .streaming import stream_vqa_datasets, take_rows
 
 
 __all__ = [
     "BadRow",
+    "ENCODED_FEATURES",
     "FEATURES",
     "ImageError",
     "QUESTION_TYPES",
@@ -35,5 +37,7 @@ __all__ = [
     "load_vqa_dataset",
     "load_vqa_datasets",
     "scene_seed",
+    "stream_vqa_datasets",
+    "take_rows",
     "vocabulary",
 ]

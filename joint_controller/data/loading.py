@@ -3,16 +3,21 @@
 import logging
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
-from datasets import Dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 
 from .easy_vqa import load_easy_vqa
-from .mixture import check_weights, concatenate_and_shuffle, interleave_by_weight, split_by_weight, split_evenly
+from .mixture import (
+    check_mixture,
+    concatenate_and_shuffle,
+    interleave_by_weight,
+    split_by_weight,
+    split_evenly,
+)
 from .row_checks import SkippedRows, keep_good_rows
 from .scene_dataset import load_scenes
-from .schema import SPLITS, check_split, conform_to_schema
+from .schema import conform_to_schema
+from .sources import read_source
 
 
 logger = logging.getLogger(__name__)
@@ -30,13 +35,12 @@ def load_vqa_dataset(
 
     Args:
         name_or_path (`str`):
-            `"easy_vqa"`, `"scenes"`, or a path: a folder written by `save_to_disk` (of a `Dataset` or a
-            `DatasetDict`), a Parquet file, or a folder of Parquet files. A path's data set needs the columns `image`,
-            `question` and `answers` (a list of strings); other columns of the schema are filled in (`sample_id` is
-            then "<folder or file>/<split>/<row>") and unknown ones dropped. Files belong to the split that their name
-            starts with (`train*.parquet`); data that name no split are `train`.
+            `"easy_vqa"`, `"scenes"`, or what [`~joint_controller.data.sources.read_source`] takes: the name of a published
+            data set, `"<name>=<path>"`, or a path. A path's data set needs the columns `image`, `question` and `answers` (a
+            list of strings); other columns of the schema are filled in (`sample_id` is then
+            "<folder or file>/<split>/<row>") and unknown ones dropped.
         split (`str`, *optional*, defaults to `"train"`):
-            `"train"`, `"validation"` or `"test"`.
+            The split, or a part of it, such as `"validation[:50%]"`.
         max_samples (`int`, *optional*):
             At most so many samples: a random subset, in the order of the data set. Of `"scenes"`, which have no end,
             exactly the first so many. By default all (see [`load_scenes`] for scenes).
@@ -48,13 +52,13 @@ def load_vqa_dataset(
 
     Returns:
         `datasets.Dataset`: Columns `sample_id`, `image`, `question`, `answers`, `style`, `metric`, `question_type`.
-        Every row of data from a path was read once, its image included ([`~joint_controller.data.keep_good_rows`]).
+        Every row but those of `easy_vqa` and `scenes` was read once, its image included ([`~joint_controller.data.keep_good_rows`]).
 
     Raises:
         ValueError: If the data set or split does not exist, or a column or row is not usable. The message names the
             data set, the row as counted in the whole split, and the column.
     """
-    _check_arguments([name_or_path], split, max_samples)
+    check_mixture([name_or_path], max_samples)
     return _choose_samples(
         name_or_path, _read_split(name_or_path, split, max_samples), split, max_samples, seed, skipped_rows
     )
@@ -97,12 +101,11 @@ def load_vqa_datasets(
         ValueError: If no name is given, `max_samples` is smaller than the number of data sets, a weight is not positive or
             leaves no sample of a data set, two data sets share sample ids, or one of them cannot be loaded.
     """
-    _check_arguments(names, split, max_samples)
+    check_mixture(names, max_samples, weights)
     if weights is None:
         limits = [None] * len(names) if max_samples is None else split_evenly(max_samples, len(names))
         sources = (_read_split(name, split, limit) for name, limit in zip(names, limits, strict=True))
     else:
-        check_weights(weights, names)
         sources = [_read_split(name, split, max_samples) for name in names]
         limits = split_by_weight(weights, [len(source) for source in sources], max_samples)
         logger.info("An epoch of '%s' is %d samples: %s.", split, sum(limits), dict(zip(names, limits, strict=True)))
@@ -123,27 +126,13 @@ def load_vqa_datasets(
     return interleave_by_weight(datasets, weights, seed)
 
 
-def _check_arguments(names: Sequence[str], split: str, max_samples: int | None) -> None:
-    if isinstance(names, str):
-        raise ValueError(f"names is the string '{names}': give a list of names.")
-    if not names:
-        raise ValueError("names is empty: give at least one data set.")
-    check_split(split)
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples is {max_samples}: give 1 or more, or None for all.")
-    if max_samples is not None and max_samples < len(names):
-        raise ValueError(f"max_samples is {max_samples} for {len(names)} data sets: give at least one for each.")
-
-
 def _read_split(name_or_path: str, split: str, num_scenes: int | None) -> Dataset:
     """All rows of a split, unchecked; of scenes, which have no end, the first so many."""
     if name_or_path == "scenes":
         return load_scenes(split, num_scenes)
     if name_or_path == "easy_vqa":
         return load_easy_vqa(split)
-    path = Path(name_or_path)
-    base_name = path.resolve().name.removesuffix(".parquet")
-    return conform_to_schema(_read_path(path, split), name=name_or_path, id_prefix=f"{base_name}/{split}")
+    return conform_to_schema(read_source(name_or_path, split), name=name_or_path)
 
 
 def _choose_samples(
@@ -170,48 +159,3 @@ def _choose_rows(num_rows: int, max_samples: int | None, seed: int) -> Sequence[
     if max_samples is None or num_rows <= max_samples:
         return range(num_rows)
     return sorted(random.Random(seed).sample(range(num_rows), max_samples))
-
-
-def _read_path(path: Path, split: str) -> Dataset:
-    """Reads a split from a folder written by `save_to_disk`, a Parquet file or a folder of Parquet files."""
-    if (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(path))
-        if split not in saved:
-            raise ValueError(f"data set '{path}' has no split '{split}' (it has {list(saved)}): add it.")
-        return saved[split]
-    if (path / "state.json").is_file():
-        if split != "train":
-            raise ValueError(
-                f"data set '{path}' has no split '{split}': a folder of one saved `Dataset` is its 'train'. "
-                "Save a `DatasetDict` with the splits that you need."
-            )
-        return load_from_disk(str(path))
-    if path.is_file() and path.suffix == ".parquet":
-        files = [path]
-    elif path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-    else:
-        files = []
-    if not files:
-        raise ValueError(
-            f"there is no data set '{path}': give 'easy_vqa', 'scenes', a folder written by `save_to_disk`, "
-            "a Parquet file or a folder of Parquet files."
-        )
-    split_files = [file for file in files if _split_of_file(file) == split]
-    if not split_files:
-        raise ValueError(
-            f"data set '{path}' has no split '{split}': start the names of its Parquet files with '{split}' "
-            f"(files whose names start with none of {list(SPLITS)} are 'train')."
-        )
-    try:
-        return Dataset.from_parquet([str(file) for file in split_files])
-    # A ValueError is what `datasets` and Arrow raise for files without rows and for files that are no Parquet.
-    except (ValueError, DatasetGenerationError) as error:
-        raise ValueError(
-            f"data set '{path}' cannot be read ({error}): "
-            "its Parquet files must be whole, hold rows and have one schema."
-        ) from error
-
-
-def _split_of_file(file: Path) -> str:
-    return next((split for split in SPLITS if file.name.startswith(split)), "train")

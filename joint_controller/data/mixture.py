@@ -2,16 +2,29 @@
 
 from collections.abc import Sequence
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 
-def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+def check_mixture(
+    names: Sequence[str], max_samples: int | None = None, weights: Sequence[float] | None = None
+) -> None:
     """
-    Refuses weights that make no mixture.
+    Refuses what makes no mixture.
 
     Raises:
-        ValueError: If there is not one positive, finite weight for each name.
+        ValueError: If no name is given, `max_samples` is smaller than the number of data sets, or there is not one positive,
+            finite weight for each.
     """
+    if isinstance(names, str):
+        raise ValueError(f"names is the string '{names}': give a list of names.")
+    if not names:
+        raise ValueError("names is empty: give at least one data set.")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples is {max_samples}: give 1 or more, or None for all.")
+    if max_samples is not None and max_samples < len(names):
+        raise ValueError(f"max_samples is {max_samples} for {len(names)} data sets: give at least one for each.")
+    if weights is None:
+        return
     if len(weights) != len(names):
         raise ValueError(f"{len(weights)} weights are given for {len(names)} data sets: give one weight for each.")
     for name, weight in zip(names, weights, strict=True):
@@ -86,3 +99,32 @@ def interleave_by_weight(datasets: Sequence[Dataset], weights: Sequence[float], 
         seed=seed,
         stopping_strategy="all_exhausted_without_replacement",
     )
+
+
+def interleave_streams(
+    streams: Sequence[IterableDataset], weights: Sequence[float] | None, seed: int, max_samples: int | None = None
+) -> IterableDataset:
+    """
+    Several streams as one.
+
+    Args:
+        streams (`Sequence[datasets.IterableDataset]`):
+            Streams of one schema.
+        weights (`Sequence[float]`, *optional*):
+            The next row is from a stream drawn by weight, and a pass ends when the first one has run out. By default
+            streams take turns, those that have run out are passed over, and a pass ends with the last.
+        seed (`int`):
+            Chooses the order of draws.
+        max_samples (`int`, *optional*):
+            Ends a pass after so many rows, the same in each.
+    """
+    if len(streams) == 1:
+        mixture = streams[0]
+    elif weights is None:
+        mixture = interleave_datasets(list(streams), stopping_strategy="all_exhausted_without_replacement")
+    else:
+        probabilities = [weight / sum(weights) for weight in weights]
+        mixture = interleave_datasets(
+            list(streams), probabilities=probabilities, seed=seed, stopping_strategy="first_exhausted"
+        )
+    return mixture if max_samples is None else mixture.take(max_samples)

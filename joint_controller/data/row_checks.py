@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
 from .images import MAX_IMAGE_PIXELS, MIN_IMAGE_SIDE, ImageError, check_image
+from .schema import FEATURES
 
 
 CHECKS_VERSION = 1
@@ -119,11 +120,15 @@ def find_fault(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
     Args:
         row (`dict`):
-            Columns as in `FEATURES`, with the image encoded (`datasets.Image(decode=False)`).
+            Columns as in `FEATURES`, with the image encoded (`datasets.Image(decode=False)`). May have one more, `defect`:
+            column and cause, "image: it is ...", of a row that was found to be bad when it was read.
 
     Returns:
         `tuple[str, str]` or `None`: The column at fault and the cause, or `None` if the row is good.
     """
+    if row.get("defect") is not None:
+        column, _, cause = row["defect"].partition(": ")
+        return column, cause
     if row["sample_id"] is None or not row["sample_id"].strip():
         return "sample_id", "it is empty"
     if row["question"] is None or not row["question"].strip():
@@ -152,7 +157,7 @@ def keep_good_rows(
 
     Args:
         dataset (`datasets.Dataset`):
-            A data set with the columns of `FEATURES`.
+            A data set with the columns of `FEATURES`, and perhaps `defect` (see [`find_fault`]).
         name (`str`):
             Name of the data set in messages.
         split (`str`):
@@ -163,7 +168,7 @@ def keep_good_rows(
             Where bad rows are listed. By default they are an error.
 
     Returns:
-        `datasets.Dataset`: The good rows, in order.
+        `datasets.Dataset`: The good rows, in order, with the columns of `FEATURES`.
 
     Raises:
         ValueError: If a row has no question, no answers, an empty answer or an image that cannot be used, and bad rows are
@@ -179,6 +184,7 @@ def keep_good_rows(
         cache_file_name=str(_cache_file(encoded)),
         desc=f"Checking '{name}' ({split})",
     )
+    dataset = dataset.select_columns(list(FEATURES))
     columns, causes = faults["column"][:], faults["cause"][:]
     bad_positions = [position for position, column in enumerate(columns) if column is not None]
     if not bad_positions:
@@ -196,7 +202,7 @@ def keep_good_rows(
         for position in bad_positions
     ]
     if skipped is None:
-        raise ValueError(_refusal(bad_rows[0], f" ({len(bad_rows)} of {len(dataset)} rows are bad.)"))
+        raise ValueError(f"{refusal(bad_rows[0])} ({len(bad_rows)} of {len(dataset)} rows are bad.)")
     for bad in bad_rows:
         skipped.add(bad)
     if len(bad_rows) == len(dataset):
@@ -205,8 +211,9 @@ def keep_good_rows(
     return dataset.select([position for position in range(len(dataset)) if position not in is_bad])
 
 
-def _refusal(bad: BadRow, note: str = "") -> str:
-    return f"{bad}. Mend the row or remove it, or leave such rows out with `skip_bad_rows`.{note}"
+def refusal(bad: BadRow) -> str:
+    """The message of the error that a bad row is by default."""
+    return f"{bad}. Mend the row or remove it, or leave such rows out with `skip_bad_rows: true`."
 
 
 def _find_faults(batch: Mapping[str, list[Any]]) -> dict[str, list[str | None]]:

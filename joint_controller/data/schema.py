@@ -1,5 +1,8 @@
 """The one schema of all data sets."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from datasets import Dataset, Features, Image, List, Value
 
 
@@ -19,11 +22,17 @@ FEATURES = Features(
 )
 """Columns of every data set. Images are decoded when a row is read."""
 
+ENCODED_FEATURES = Features({**FEATURES, "image": Image(decode=False)})
+"""The same with images as they were encoded: the columns of a stream."""
+
 REQUIRED_COLUMNS = ("image", "question", "answers")
 
 DEFAULT_STYLE = "vqa2"
 DEFAULT_METRIC = "vqa_accuracy"
 DEFAULT_QUESTION_TYPE = "unknown"
+
+DEFAULTS = {"style": DEFAULT_STYLE, "metric": DEFAULT_METRIC, "question_type": DEFAULT_QUESTION_TYPE}
+"""Values of the columns that a table may lack."""
 
 STRING_TYPES = (Value("string"), Value("large_string"))
 
@@ -39,58 +48,66 @@ def check_split(split: str) -> None:
         raise ValueError(f"there is no split '{split}': choose one of {list(SPLITS)}.")
 
 
-def conform_to_schema(dataset: Dataset, name: str, id_prefix: str) -> Dataset:
+def check_columns(features: Features, name: str) -> None:
     """
-    Brings a data set to the columns of `FEATURES`: fills in those that have a default and drops unknown ones.
+    Refuses a table that cannot be brought to the columns of `FEATURES`.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Has at least the columns `image` (an image, its bytes or its path), `question` (a string) and `answers` (a
-            list of strings). `sample_id` becomes "<id_prefix>/<row>" where it is missing, `style` `"vqa2"`, `metric`
-            `"vqa_accuracy"` and `question_type` `"unknown"`.
+        features (`datasets.Features`):
+            Columns of the table: at least `image` (an image, its bytes or its path), `question` (a string) and `answers` (a
+            list of strings).
         name (`str`):
             Name of the data set in error messages.
-        id_prefix (`str`):
-            Start of the sample ids that are filled in.
 
     Raises:
-        ValueError: If a column is missing, has another type, or a sample id occurs twice.
+        ValueError: If a column is missing or has another type.
     """
     for column in REQUIRED_COLUMNS:
-        if column not in dataset.column_names:
+        if column not in features:
             raise ValueError(
-                f"data set '{name}' has no column '{column}' (it has {dataset.column_names}): "
+                f"data set '{name}' has no column '{column}' (it has {list(features)}): "
                 "add it or rename the column that holds it."
             )
-    filled = {
-        "sample_id": lambda row: f"{id_prefix}/{row:06d}",
-        "style": lambda row: DEFAULT_STYLE,
-        "metric": lambda row: DEFAULT_METRIC,
-        "question_type": lambda row: DEFAULT_QUESTION_TYPE,
-    }
-    for column, value in filled.items():
-        if column not in dataset.column_names:
-            dataset = dataset.add_column(column, [value(row) for row in range(len(dataset))])
-    dataset = dataset.select_columns(list(FEATURES))
-
-    for column in (*filled, "question"):
-        if dataset.features[column] not in STRING_TYPES:
+    for column in ("sample_id", *DEFAULTS, "question"):
+        if column in features and features[column] not in STRING_TYPES:
             raise ValueError(
-                f"data set '{name}', column '{column}' has the type {dataset.features[column]}: "
-                "give a string in each row."
+                f"data set '{name}', column '{column}' has the type {features[column]}: give a string in each row."
             )
-    answers = dataset.features["answers"]
+    answers = features["answers"]
     if not isinstance(answers, List) or answers.feature not in STRING_TYPES:
         raise ValueError(
             f"data set '{name}', column 'answers' has the type {answers}: give a list of strings in each row."
         )
-    image = dataset.features["image"]
+    image = features["image"]
     accepted = (Image(), Image(decode=False), Value("binary"), *STRING_TYPES)
     if image not in accepted and (not isinstance(image, dict) or set(image) != {"bytes", "path"}):
         raise ValueError(
             f"data set '{name}', column 'image' has the type {image}: give images (`datasets.Image`), "
             "their encoded bytes or their paths."
         )
+
+
+def conform_to_schema(dataset: Dataset, name: str) -> Dataset:
+    """
+    Brings a data set to the columns of `FEATURES`: fills in those that have a default and drops unknown ones.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Has at least the columns `sample_id` and those that [`check_columns`] asks for. `style` becomes `"vqa2"`,
+            `metric` `"vqa_accuracy"` and `question_type` `"unknown"` where it is missing. A column `defect` stays: why a row
+            cannot be used.
+        name (`str`):
+            Name of the data set in error messages.
+
+    Raises:
+        ValueError: If a column is missing, has another type, or a sample id occurs twice.
+    """
+    check_columns(dataset.features, name)
+    for column, value in DEFAULTS.items():
+        if column not in dataset.column_names:
+            dataset = dataset.add_column(column, [value] * len(dataset))
+    defect = ["defect"] if "defect" in dataset.column_names else []
+    dataset = dataset.select_columns([*FEATURES, *defect])
 
     first_rows: dict[str, int] = {}
     for row, sample_id in enumerate(dataset["sample_id"]):
@@ -102,4 +119,25 @@ def conform_to_schema(dataset: Dataset, name: str, id_prefix: str) -> Dataset:
         first_rows[sample_id] = row
     # This leaves the images where they are. Casting all columns copies them, which few files need.
     dataset = dataset.cast_column("image", Image())
-    return dataset if dataset.features == FEATURES else dataset.cast(FEATURES, keep_in_memory=True)
+    features = Features({**FEATURES, **{column: Value("string") for column in defect}})
+    return dataset if dataset.features == features else dataset.cast(features, keep_in_memory=True)
+
+
+def conform_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Does for one row of a stream what [`conform_to_schema`] does for a table.
+
+    Args:
+        row (`dict`):
+            Has `sample_id` and the columns that [`check_columns`] asks for; the image is not decoded.
+
+    Returns:
+        `dict`: The columns of `FEATURES`, the image as `bytes` and `path`, and `defect` if the row has it.
+    """
+    conformed = {**DEFAULTS, **{column: row[column] for column in (*FEATURES, "defect") if column in row}}
+    image = row["image"]
+    if isinstance(image, bytes):
+        conformed["image"] = {"bytes": image, "path": None}
+    elif isinstance(image, str):
+        conformed["image"] = {"bytes": None, "path": image}
+    return conformed

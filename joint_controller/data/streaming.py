@@ -1,0 +1,123 @@
+"""Data sets that are read row by row, while they are trained on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset
+
+from .easy_vqa import load_easy_vqa
+from .mixture import check_mixture, interleave_streams
+from .row_checks import BadRow, SkippedRows, find_fault, refusal
+from .scene_dataset import load_scenes
+from .schema import ENCODED_FEATURES, FEATURES, check_columns, conform_row
+from .sources import read_source
+
+
+def stream_vqa_datasets(
+    names: Sequence[str],
+    split: str = "train",
+    max_samples: int | None = None,
+    seed: int = 42,
+    weights: Sequence[float] | None = None,
+    skipped_rows: SkippedRows | None = None,
+) -> IterableDataset:
+    """
+    Opens a split of several data sets as one stream: nothing is read before its turn comes.
+
+    One pass over the stream is an epoch. Without `weights`, data sets take turns and an epoch has each sample once. With
+    `weights`, the data set of the next sample is drawn by weight, and an epoch ends when the first data set has run out.
+    With `max_samples`, an epoch ends after so many samples, and each has the same ones, the first.
+
+    Args:
+        names (`Sequence[str]`):
+            Names or paths, as for [`~joint_controller.data.load_vqa_dataset`].
+        split (`str`, *optional*, defaults to `"train"`):
+            The split.
+        max_samples (`int`, *optional*):
+            At most so many samples in total.
+        seed (`int`, *optional*, defaults to 42):
+            Chooses from which data set the next sample is, where there are weights.
+        weights (`Sequence[float]`, *optional*):
+            One positive number for each data set. Only their ratios count.
+        skipped_rows ([`SkippedRows`], *optional*):
+            Where bad rows are counted and listed, and then left out. By default a bad row is an error when its turn comes.
+
+    Returns:
+        `datasets.IterableDataset`: Columns as in `ENCODED_FEATURES`: images are not decoded (see
+        [`~joint_controller.data.decode_image`]). That sample ids are unique is not checked.
+
+    Raises:
+        ValueError: If the names or weights make no mixture, a data set or split does not exist or a column is not usable;
+            on reading, if a row is not.
+    """
+    check_mixture(names, max_samples, weights)
+    streams = [stream_split(name, split, skipped_rows) for name in names]
+    return interleave_streams(streams, weights, seed, max_samples)
+
+
+def stream_split(name_or_path: str, split: str, skipped_rows: SkippedRows | None = None) -> IterableDataset:
+    """
+    Opens a split of a data set as a stream. Each row is checked when it is read, so a bad one is found, and is an error or
+    left out, when its turn comes.
+
+    Args:
+        name_or_path (`str`):
+            As for [`~joint_controller.data.load_vqa_dataset`].
+        split (`str`):
+            The split.
+        skipped_rows ([`SkippedRows`], *optional*):
+            Where bad rows are counted and listed, and then left out. By default a bad row is an error.
+
+    Returns:
+        `datasets.IterableDataset`: Columns as in `ENCODED_FEATURES`, in the order of the data set. That sample ids are
+        unique is not checked.
+
+    Raises:
+        ValueError: If the data set or split does not exist or a column is not usable; on reading, if a row is not.
+    """
+    if name_or_path in ("scenes", "easy_vqa"):
+        dataset = load_scenes(split) if name_or_path == "scenes" else load_easy_vqa(split)
+        return dataset.cast_column("image", Image(decode=False)).to_iterable_dataset()
+    source = read_source(name_or_path, split, streaming=True)
+    check_columns(source.features, name_or_path)
+    if skipped_rows is not None:
+        skipped_rows.forget(name_or_path, split)
+    # A stream of one part: its rows keep their order, and so their numbers, when parts are shuffled.
+    return IterableDataset.from_generator(
+        _good_rows,
+        features=ENCODED_FEATURES,
+        gen_kwargs={"source": source, "name": name_or_path, "split": split, "skipped_rows": skipped_rows},
+    )
+
+
+def _good_rows(
+    source: IterableDataset, name: str, split: str, skipped_rows: SkippedRows | None
+) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(source):
+        row = conform_row(row)
+        fault = find_fault(row)
+        if fault is None:
+            yield {column: row[column] for column in FEATURES}
+            continue
+        bad = BadRow(name, split, number, row["sample_id"], *fault)
+        if skipped_rows is None:
+            raise ValueError(refusal(bad))
+        skipped_rows.add(bad)
+
+
+def take_rows(dataset: Dataset | IterableDataset, num_rows: int) -> Dataset:
+    """
+    The first rows of a data set, or the head of a stream, as a data set.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            With the columns of `FEATURES`.
+        num_rows (`int`):
+            At most so many.
+
+    Returns:
+        `datasets.Dataset`: As many as there are.
+    """
+    if isinstance(dataset, Dataset):
+        return dataset.select(range(min(num_rows, len(dataset))))
+    return Dataset.from_list(list(dataset.take(num_rows)), features=FEATURES)
