@@ -3,6 +3,7 @@
 from .budgets import draw_budget
 from .images import ImageError, decode_image
 from .loading import load_vqa_dataset, load_vqa_datasets
+from .registry import VQA_DATASETS, VQADataset
 from .row_checks import BadRow, SkippedRows, keep_good_rows
 from .scenes import (
     QUESTION_TYPES,
@@ -16,6 +17,7 @@ from .scenes import (
 )
 from .schema import ENCODED_FEATURES, FEATURES, SPLITS
 from .streaming import stream_vqa_datasets, take_rows
+from .sources import SplitPart, read_source
 
 
 __all__ = [
@@ -30,12 +32,16 @@ __all__ = [
     "SceneQuestion",
     "SceneSign",
     "SkippedRows",
+    "SplitPart",
+    "VQADataset",
+    "VQA_DATASETS",
     "decode_image",
     "draw_budget",
     "generate_scene",
     "keep_good_rows",
     "load_vqa_dataset",
     "load_vqa_datasets",
+    "read_source",
     "scene_seed",
     "stream_vqa_datasets",
     "take_rows",

@@ -1,9 +1,10 @@
 """
 Data sets as their authors publish them: JSON files of questions and answers, and folders of images.
 
-A JSON file of VQA v2 has 400 MB; it is read as a stream, and its rows are written to the cache of `datasets` once.
+The JSON files of VQA v2 have 400 MB. They are read as streams, and their rows written to the cache of `datasets` once.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import ijson
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from .registry import VQA_DATASETS
+from .registry import COCO_2014_VQA, OFFICIAL_ST_QA, OFFICIAL_TALLY_QA, OKVQA, TEXT_VQA, VQADataset
 
 
 READING_VERSION = 1
@@ -27,179 +28,223 @@ class OfficialSplit:
     The files of one split.
 
     Args:
+        entry ([`VQADataset`]):
+            The data set, with the columns that its official files have.
         records (`str`):
-            JSON file of the rows: of questions with answers, or of the answers alone.
+            JSON file of the rows: of questions with their answers, or of the answers alone.
         records_key (`str`):
-            Key of the list of rows in it, or `""` if the file is that list.
-        image_folder (`str`):
-            Folder of the images.
-        image_file (`str`):
-            File of an image in it, with the row's fields in braces.
+            Key of the list of rows in it, or `""` where the file is that list.
+        image (`str`):
+            Path of an image, with the row's fields in braces. Its first part is a folder.
         questions (`str`, *optional*):
             JSON file of the questions, where they have one of their own.
     """
 
+    entry: VQADataset
     records: str
     records_key: str
-    image_folder: str
-    image_file: str
+    image: str
     questions: str | None = None
 
+    @property
+    def files(self) -> list[str]:
+        """The JSON files."""
+        return [self.records] if self.questions is None else [self.questions, self.records]
+
+    @property
+    def image_folder(self) -> str | None:
+        """The folder of the images, or `None` where rows name it."""
+        folder = self.image.split("/")[0]
+        return None if "{" in folder else folder
+
     def describe(self) -> str:
-        """The files and the folder, for a message."""
-        files = [self.questions, self.records] if self.questions else [self.records]
-        return " and ".join(f"'{file}'" for file in files) + f" with the images in '{self.image_folder}/'"
+        """Files and folder, for a message."""
+        folder = "the image folders" if self.image_folder is None else f"the image folder '{self.image_folder}'"
+        return f"{' and '.join(repr(file) for file in self.files)} with {folder}"
 
 
-def _coco_split(subset: str, prefix: str) -> OfficialSplit:
+@dataclass(frozen=True)
+class FoundSplit:
+    """
+    The files of one split, found.
+
+    Args:
+        split ([`OfficialSplit`]):
+            Which they are.
+        files (`tuple[str, ...]`):
+            Paths of the JSON files, as in `split.files`.
+        places (`tuple[str, ...]`):
+            Folders that image folders are in.
+    """
+
+    split: OfficialSplit
+    files: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+def _coco_split(entry: VQADataset, subset: str, prefix: str) -> OfficialSplit:
     return OfficialSplit(
+        entry=entry,
         questions=f"{prefix}OpenEnded_mscoco_{subset}_questions.json",
         records=f"{prefix}mscoco_{subset}_annotations.json",
         records_key="annotations",
-        image_folder=subset,
-        image_file=f"COCO_{subset}_{{image_id:012d}}.jpg",
+        image=f"{subset}/COCO_{subset}_{{image_id:012d}}.jpg",
     )
 
 
 OFFICIAL_FILES: dict[str, dict[str, OfficialSplit]] = {
     # https://visualqa.org/download.html
     "coco_2014_vqa": {
-        "train": _coco_split("train2014", "v2_"),
-        "validation": _coco_split("val2014", "v2_"),
+        "train": _coco_split(COCO_2014_VQA, "train2014", "v2_"),
+        "validation": _coco_split(COCO_2014_VQA, "val2014", "v2_"),
     },
     # https://okvqa.allenai.org/download.html
     "okvqa": {
-        "train": _coco_split("train2014", ""),
-        "validation": _coco_split("val2014", ""),
+        "train": _coco_split(OKVQA, "train2014", ""),
+        "validation": _coco_split(OKVQA, "val2014", ""),
     },
-    # https://textvqa.org/dataset: the validation split's images are in the folder of the training split's.
+    # https://textvqa.org/dataset/: training and validation images are in one archive.
     "text_vqa": {
-        "train": OfficialSplit("TextVQA_0.5.1_train.json", "data", "train_images", "{image_id}.jpg"),
-        "validation": OfficialSplit("TextVQA_0.5.1_val.json", "data", "train_images", "{image_id}.jpg"),
+        "train": OfficialSplit(TEXT_VQA, "TextVQA_0.5.1_train.json", "data", "train_images/{image_id}.jpg"),
+        "validation": OfficialSplit(TEXT_VQA, "TextVQA_0.5.1_val.json", "data", "train_images/{image_id}.jpg"),
+    },
+    # https://rrc.cvc.uab.es/?ch=11
+    "st_qa": {"train": OfficialSplit(OFFICIAL_ST_QA, "train_task_3.json", "data", "{file_path}")},
+    # https://github.com/manoja328/TallyQA_dataset
+    "tally_qa": {
+        "train": OfficialSplit(OFFICIAL_TALLY_QA, "train.json", "", "{image}"),
+        "test": OfficialSplit(OFFICIAL_TALLY_QA, "test.json", "", "{image}"),
     },
 }
-"""Official files by data set and split."""
+"""Official files by data set and role of the split."""
 
 
-def find_official_splits(name: str, folder: Path) -> dict[str, tuple[OfficialSplit, dict[str, Path]]]:
+def find_official_split(name: str, role: str, folder: Path) -> FoundSplit | None:
     """
-    Looks for the official files of a data set in a folder and in the folders in it.
+    Looks for the official files of a split in a folder, in the folders in it, and, for images, in those of a folder
+    `images` or `Images`.
 
     Args:
         name (`str`):
             Name of the data set.
+        role (`str`):
+            Role of the split.
         folder (`Path`):
             Where to look.
 
     Returns:
-        `dict[str, tuple[OfficialSplit, dict[str, Path]]]`: Splits of which all files are there, with their paths by field
-        of [`OfficialSplit`].
+        [`FoundSplit`] or `None`: `None` if there is none of the split's JSON files.
 
     Raises:
-        ValueError: If a split's questions, answers and images are not all there.
+        ValueError: If there are some of the split's files, but not all.
     """
-    if name not in OFFICIAL_FILES or not folder.is_dir():
-        return {}
-    places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
-    found = {}
-    for role, split in OFFICIAL_FILES[name].items():
-        wanted = {"records": split.records, "image_folder": split.image_folder}
-        if split.questions:
-            wanted["questions"] = split.questions
-        paths = {
-            field: path
-            for field, file in wanted.items()
-            if (path := next((place / file for place in places if (place / file).exists()), None))
-        }
-        if not paths.keys() - {"image_folder"}:
-            continue
-        for field, file in wanted.items():
-            if field not in paths:
-                kind = "folder" if field == "image_folder" else "file"
-                raise ValueError(
-                    f"data set '{name}' in '{folder}' has no {kind} '{file}', which its split '{role}' needs: put it there "
-                    "or into a folder there."
-                )
-        found[role] = (split, paths)
-    return found
+    split = OFFICIAL_FILES.get(name, {}).get(role)
+    if split is None or not folder.is_dir():
+        return None
+    places = [folder, *_subfolders(folder)]
+    files = [next((place / file for place in places if (place / file).is_file()), None) for file in split.files]
+    if not any(files):
+        return None
+    for place in _subfolders(folder):
+        if place.name.lower() == "images":
+            places += _subfolders(place)
+    missing = [f"file '{file}'" for file, path in zip(split.files, files, strict=True) if path is None]
+    if split.image_folder and not any((place / split.image_folder).is_dir() for place in places):
+        missing.append(f"folder '{split.image_folder}'")
+    if missing:
+        raise ValueError(
+            f"data set '{name}' in '{folder}' has no {' and no '.join(missing)}, which split '{role}' needs: it was "
+            f"looked for there and in {[place.name for place in places[1:]]}."
+        )
+    return FoundSplit(split, tuple(str(path.resolve()) for path in files), tuple(str(p.resolve()) for p in places))
 
 
-def read_official_files(name: str, found: tuple[OfficialSplit, dict[str, Path]]) -> Dataset:
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.is_dir())
+
+
+def read_official_split(found: FoundSplit) -> Dataset:
     """
-    Makes a table of a split's official files, with the columns of the repository on the Hub. It is kept in the cache of
-    `datasets` until a file changes. Images are named in it, not read.
+    Makes a table of a split's official files, which `datasets` keeps in its cache until a file changes. Images are named
+    in it, not read.
 
     Args:
-        name (`str`):
-            Name of the data set.
-        found (`tuple[OfficialSplit, dict[str, Path]]`):
-            Files of the split, as of [`find_official_splits`].
+        found ([`FoundSplit`]):
+            The files.
+
+    Returns:
+        `datasets.Dataset`: The columns of `found.split.entry`.
 
     Raises:
-        ValueError: If a file is not what was published.
+        ValueError: If a file is damaged, lacks a field, or questions and answers are not of the same rows. The message
+            names file and row.
     """
-    split, paths = found
-    entry = VQA_DATASETS[name]
-    files = {field: str(path.resolve()) for field, path in paths.items()}
-    stamps = {
-        field: (os.stat(file).st_size, os.stat(file).st_mtime_ns)
-        for field, file in files.items()
-        if field != "image_folder"
-    }
-    features = Features({**entry.columns, entry.image_column: Image(decode=False)})
+    entry = found.split.entry
+    stamps = [(os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in found.files]
+    content = repr((entry.name, found.files, found.places, stamps, READING_VERSION))
     try:
         return Dataset.from_generator(
-            _iterate_official_files,
-            features=features,
-            gen_kwargs={
-                "name": name,
-                "split": split,
-                "files": files,
-                "stamps": stamps,
-                "version": READING_VERSION,
-            },
+            _iterate_official_split,
+            features=Features({**entry.columns, entry.image_column: Image(decode=False)}),
+            gen_kwargs={"found": found},
+            fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
         )
     except DatasetGenerationError as error:
-        cause = error.__cause__ if error.__cause__ is not None else error
-        raise ValueError(
-            f"the official files of data set '{name}' in '{paths['records'].parent}' cannot be read "
-            f"({' '.join(str(cause).split())})."
-        ) from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"the official files of data set '{entry.name}' cannot be read: {cause}.") from error
 
 
-def _iterate_official_files(
-    name: str, split: OfficialSplit, files: dict[str, str], stamps: dict[str, tuple[int, int]], version: int
-) -> Iterator[dict[str, Any]]:
-    entry = VQA_DATASETS[name]
-    questions = {}
-    if split.questions:
-        for number, record in enumerate(_iterate_json(files["questions"], "questions")):
-            questions[_get(record, "question_id", files["questions"], number)] = _get(
-                record, "question", files["questions"], number
-            )
-    number = -1
-    for number, record in enumerate(_iterate_json(files["records"], split.records_key)):
-        if split.questions:
-            question_id = _get(record, "question_id", files["records"], number)
-            if question_id not in questions:
-                raise ValueError(
-                    f"'{files['records']}', row {number}: '{files['questions']}' has no question {question_id}"
-                )
-            record["question"] = questions.pop(question_id)
-        image_file = split.image_file.format(**record)
-        row = {
-            column: _get(record, column, files["records"], number)
-            for column in entry.columns
-            if column != entry.image_column
+def _iterate_official_split(found: FoundSplit) -> Iterator[dict[str, Any]]:
+    entry, split = found.split.entry, found.split
+    *_, records_file = found.files
+    questions = None
+    if split.questions is not None:
+        questions = {
+            _field(record, "question_id", found.files[0], row): _field(record, "question", found.files[0], row)
+            for row, record in enumerate(_iterate_json(found.files[0], "questions"))
         }
-        yield {**row, entry.image_column: os.path.join(files["image_folder"], image_file)}
-    if number < 0:
-        raise ValueError(f"'{files['records']}' has no rows under '{split.records_key}'")
+    folders: dict[str, list[str]] = {}
+    row = -1
+    for row, record in enumerate(_iterate_json(records_file, split.records_key)):
+        if questions is not None:
+            question_id = _field(record, "question_id", records_file, row)
+            if question_id not in questions:
+                raise ValueError(f"'{records_file}', row {row}: '{found.files[0]}' has no question {question_id}")
+            record["question"] = questions.pop(question_id)
+        published = {
+            column: _as_published(_field(record, column, records_file, row), entry.columns[column])
+            for column in entry.text_columns
+        }
+        try:
+            image = split.image.format(**record)
+        except KeyError as error:
+            raise ValueError(f"'{records_file}', row {row} has no {error} (it has {sorted(record)})") from error
+        folder = image.split("/")[0]
+        if folder not in folders:
+            folders[folder] = [place for place in found.places if os.path.isdir(os.path.join(place, folder))]
+        if not folders[folder]:
+            raise ValueError(
+                f"'{records_file}', row {row} names the image '{image}', and there is no folder '{folder}' in "
+                f"'{found.places[0]}'"
+            )
+        paths = [os.path.join(place, image) for place in folders[folder]]
+        # Whether the one path exists is seen when images are read; of several, it says which one is meant.
+        path = paths[0] if len(paths) == 1 else next((path for path in paths if os.path.exists(path)), paths[0])
+        yield {**published, entry.image_column: path}
+    if row < 0:
+        raise ValueError(f"'{records_file}' has no rows" + f" under '{split.records_key}'" * bool(split.records_key))
     if questions:
         raise ValueError(
-            f"'{files['records']}' has no answers for {len(questions)} questions of '{files['questions']}', the first of "
-            f"them {next(iter(questions))}"
+            f"'{records_file}' has no answers to {len(questions)} questions of '{found.files[0]}', the first of which "
+            f"is {next(iter(questions))}"
         )
+
+
+def _as_published(value: Any, feature: Any) -> Any:
+    """As the repository on the Hub has it: OK-VQA's answers are strings there, and its question ids too."""
+    if feature == List(Value("string")):
+        return [item["answer"] if isinstance(item, dict) else item for item in value]
+    return str(value) if feature == Value("string") else value
 
 
 def _iterate_json(file: str, key: str) -> Iterator[dict[str, Any]]:
@@ -208,10 +253,10 @@ def _iterate_json(file: str, key: str) -> Iterator[dict[str, Any]]:
         try:
             yield from ijson.items(opened, f"{key}.item" if key else "item", use_float=True)
         except ijson.JSONError as error:
-            raise ValueError(f"'{file}' is no whole JSON file: {error}") from error
+            raise ValueError(f"'{file}' is no whole JSON file ({error})") from error
 
 
-def _get(record: dict[str, Any], field: str, file: str, number: int) -> Any:
+def _field(record: dict[str, Any], field: str, file: str, row: int) -> Any:
     if field not in record:
-        raise ValueError(f"'{file}', row {number} has no '{field}' (it has {sorted(record)})")
+        raise ValueError(f"'{file}', row {row} has no '{field}' (it has {sorted(record)})")
     return record[field]

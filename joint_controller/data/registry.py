@@ -2,12 +2,15 @@
 The published data sets that are known by name: where they are, what their columns hold, and how a published row
 becomes one of ours.
 
-Schemas and splits are those of the data set cards on the Hub (`dataset_info` of each repository's README.md). Two of
-them could be read from code that uses the repository only, see `ST_QA` and `TALLY_QA`.
+Columns, their types and the splits are those of the data set cards on the Hub (`dataset_info` in each repository's
+README.md), but for two whose cards could not be read: see `ST_QA` and `TALLY_QA`. Prompt styles are those of Molmo's
+training mixture, which has the same names for these data sets.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Features, Image, List, Value
@@ -28,32 +31,36 @@ class VQADataset:
             name, which is the middle part of sample ids.
         columns (`datasets.Features`):
             The published columns that are read, with their published types. Others are left alone.
-        convert (`Callable[[Mapping, int], dict]`):
-            Takes a published row without its images and its number in the split. Returns `id` (unique in the split),
+        convert (`Callable[[Mapping, int | str], dict]`):
+            Takes a published row without its image and its number in the split. Returns `id` (unique in the split),
             `question`, `answers`, and, where they differ from the defaults, `question_type`, `style`, `metric`,
-            `image_key` (names the row's image; by default the image's bytes tell) and `defect` (why the row cannot be
-            used).
+            `image_key` (what names the row's image; by default the image's bytes do) and `defect` (column and cause,
+            "image: it is ...", of a row that cannot be used).
         style (`str`):
-            Style of the prompts, as Molmo was trained with.
+            Style of the prompts.
         metric (`str`):
             The metric that the field reports.
         configuration (`str`, *optional*):
-            Configuration of the repository, where it has several. Also the folder of its Parquet files.
+            Configuration of the repository, where it has several. Its Parquet files are in a folder of that name.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the image.
         questions_column (`str`, *optional*):
-            Column of a list of questions on the row's image, each of which becomes a row, where there is one.
+            Column of a list of questions on the row's image, each of which becomes a row. By default a row is one
+            question.
         unlabelled (`tuple[str, ...]`, *optional*, defaults to `()`):
             Roles of the splits that were published without answers.
         not_on_hub (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Roles of the splits that the official files have and the repository does not.
+            Roles of the splits that only the official files have.
+        elsewhere (`Mapping[str, str]`, *optional*, defaults to `{}`):
+            Roles of the splits that another repository has, of the same schema and without configurations, and that
+            repository.
     """
 
     name: str
     repository: str
     splits: Mapping[str, str]
     columns: Features
-    convert: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    convert: Callable[[Mapping[str, Any], int | str], dict[str, Any]]
     style: str
     metric: str
     configuration: str | None = None
@@ -61,42 +68,32 @@ class VQADataset:
     questions_column: str | None = None
     unlabelled: tuple[str, ...] = ()
     not_on_hub: tuple[str, ...] = ()
-    text_columns: tuple[str, ...] = field(init=False)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
-        object.__setattr__(self, "text_columns", tuple(name for name in self.columns if name != self.image_column))
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns that are read, but the image."""
+        return [name for name in self.columns if name != self.image_column]
 
 
-# ---- answer formats -------------------------------------------------------------------------------------------------
-
-
-def render_choices(question: str, choices: list[str]) -> str:
+def render_choices(question: str, choices: Sequence[str]) -> str:
     """The question with its choices below it, one a line: "A. first", "B. second"."""
-    lines = [question, *(f"{letter(index)}. {choice}" for index, choice in enumerate(choices))]
-    return "\n".join(lines)
+    return "\n".join([question, *(f"{_letter(index)}. {choice}" for index, choice in enumerate(choices))])
 
 
-def letter(index: int) -> str:
-    """The letter of a choice: 0 is A."""
+def _letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
-def _convert_text_vqa(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+# ---- ten answers a question -----------------------------------------------------------------------------------------
+
+
+def _convert_text_vqa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
     return {
         "id": row["question_id"],
         "image_key": row["image_id"],
         "question": row["question"],
         "answers": row["answers"],
-    }
-
-
-def _convert_coco_2014_vqa(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-    return {
-        "id": row["question_id"],
-        "image_key": str(row["image_id"]),
-        "question": row["question"],
-        "answers": [answer["answer"] for answer in row["answers"] or []],
-        "question_type": row["question_type"],
     }
 
 
@@ -118,6 +115,17 @@ TEXT_VQA = VQADataset(
     style="text_vqa",
     metric="vqa_accuracy",
 )
+
+
+def _convert_coco_2014_vqa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {
+        "id": row["question_id"],
+        "image_key": str(row["image_id"]),
+        "question": row["question"],
+        "answers": [answer["answer"] for answer in row["answers"] or []],
+        "question_type": row["question_type"],
+    }
+
 
 COCO_2014_VQA = VQADataset(
     name="coco_2014_vqa",
@@ -142,5 +150,331 @@ COCO_2014_VQA = VQADataset(
     metric="vqa_accuracy",
 )
 
-VQA_DATASETS: dict[str, VQADataset] = {entry.name: entry for entry in (TEXT_VQA, COCO_2014_VQA)}
+
+def _convert_okvqa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {
+        "id": row["question_id"],
+        # OK-VQA's question ids are the COCO image's id with one more digit.
+        "image_key": row["question_id"][:-1],
+        "question": row["question"],
+        "answers": row["answers"],
+        "question_type": row["question_type"],
+    }
+
+
+OKVQA = VQADataset(
+    name="okvqa",
+    repository="lmms-lab/OK-VQA",
+    splits={"train": "train2014", "validation": "val2014"},
+    not_on_hub=("train",),
+    columns=Features(
+        {
+            "question_id": Value("string"),
+            "image": Image(),
+            "question": Value("string"),
+            "answers": List(Value("string")),
+            "question_type": Value("string"),
+        }
+    ),
+    convert=_convert_okvqa,
+    style="okvqa",
+    metric="vqa_accuracy",
+)
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+
+def _convert_coco_caption(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {
+        # The name of the image's file.
+        "id": row["question_id"],
+        "image_key": row["question_id"],
+        "question": row["question"],
+        "answers": row["answer"],
+        "question_type": "caption",
+    }
+
+
+COCO_CAPTION = VQADataset(
+    name="coco_caption",
+    repository="lmms-lab/COCO-Caption",
+    splits={"validation": "val", "test": "test"},
+    unlabelled=("test",),
+    columns=Features(
+        {
+            "question_id": Value("string"),
+            "image": Image(),
+            "question": Value("string"),
+            "answer": List(Value("string")),
+        }
+    ),
+    convert=_convert_coco_caption,
+    style="coco_captioning",
+    metric="cider",
+)
+
+
+# ---- one answer, or a few that are all right ------------------------------------------------------------------------
+
+
+def _convert_doc_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {
+        "id": row["questionId"],
+        # All pages of a document are on one side.
+        "image_key": row["ucsf_document_id"],
+        "question": row["question"],
+        "answers": row["answers"],
+        "question_type": "/".join(row["question_types"] or []),
+    }
+
+
+DOC_QA = VQADataset(
+    name="doc_qa",
+    repository="lmms-lab/DocVQA",
+    configuration="DocVQA",
+    splits={"train": "train", "validation": "validation", "test": "test"},
+    unlabelled=("test",),
+    elsewhere={"train": "HuggingFaceM4/DocumentVQA"},
+    columns=Features(
+        {
+            "questionId": Value("string"),
+            "question": Value("string"),
+            "question_types": List(Value("string")),
+            "image": Image(),
+            "ucsf_document_id": Value("string"),
+            "answers": List(Value("string")),
+        }
+    ),
+    convert=_convert_doc_qa,
+    style="doc_qa",
+    metric="anls",
+)
+
+
+def _convert_st_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {"id": row["question_id"], "question": row["question"], "answers": row["answers"]}
+
+
+ST_QA = VQADataset(
+    name="st_qa",
+    # It has the test split of task 3 alone, which has no answers. Its card could not be read: these columns are those
+    # that lmms-eval's task `stvqa` uses, and `answers`, which the official files have.
+    repository="lmms-lab/ST-VQA",
+    splits={"train": "train", "test": "test"},
+    unlabelled=("test",),
+    not_on_hub=("train",),
+    columns=Features(
+        {
+            "question_id": Value("string"),
+            "question": Value("string"),
+            "image": Image(),
+            "answers": List(Value("string")),
+        }
+    ),
+    convert=_convert_st_qa,
+    style="st_qa",
+    metric="anls",
+)
+
+
+def _convert_official_st_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {**_convert_st_qa(row, number), "image_key": row["file_path"]}
+
+
+OFFICIAL_ST_QA = replace(
+    ST_QA, columns=Features({**ST_QA.columns, "file_path": Value("string")}), convert=_convert_official_st_qa
+)
+"""As in the official JSON files."""
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
+
+
+def _convert_tally_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {
+        "id": number,
+        "question": row["question"],
+        "answers": [] if row["answer"] is None else [str(row["answer"])],
+        "question_type": "simple" if row["is_simple"] else "complex",
+    }
+
+
+TALLY_QA = VQADataset(
+    name="tally_qa",
+    # lmms-lab has none. This one holds the test split, a row being an image with its questions. Its card could not be
+    # read: the columns are those that Moondream's evaluation uses.
+    repository="vikhyatk/tallyqa-test",
+    splits={"train": "train", "test": "test"},
+    not_on_hub=("train",),
+    questions_column="qa",
+    columns=Features(
+        {
+            "image": Image(),
+            "qa": List({"question": Value("string"), "answer": Value("int64"), "is_simple": Value("bool")}),
+        }
+    ),
+    convert=_convert_tally_qa,
+    style="tally_qa",
+    metric="exact_count",
+)
+
+
+def _convert_official_tally_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    return {
+        "id": row["question_id"],
+        "image_key": str(row["image_id"]),
+        "question": row["question"],
+        "answers": [str(row["answer"])],
+        # Training questions were not told apart.
+        "question_type": {True: "simple", False: "complex", None: None}[row["issimple"]],
+    }
+
+
+OFFICIAL_TALLY_QA = replace(
+    TALLY_QA,
+    questions_column=None,
+    columns=Features(
+        {
+            "image": Image(),
+            "image_id": Value("int64"),
+            "question_id": Value("int64"),
+            "question": Value("string"),
+            "answer": Value("int64"),
+            "issimple": Value("bool"),
+        }
+    ),
+    convert=_convert_official_tally_qa,
+)
+"""As in the official JSON files."""
+
+
+# ---- multiple choice ------------------------------------------------------------------------------------------------
+
+
+def _convert_science_qa_img(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    choices = row["choices"] or []
+    converted = {
+        # The card has no ids.
+        "id": f"{number:06d}",
+        # As in Molmo's training: the hint, which the question may refer to, stands above it.
+        "question": render_choices("\n".join(text for text in (row["hint"], row["question"]) if text), choices),
+        "answers": [],
+        "question_type": row["subject"],
+    }
+    if row["answer"] is not None:
+        answer = int(row["answer"])
+        if 0 <= answer < len(choices):
+            converted["answers"] = [_letter(answer), choices[answer]]
+        else:
+            converted["defect"] = f"answers: the right choice is number {answer} of {len(choices)}, counted from 0"
+    return converted
+
+
+SCIENCE_QA_IMG = VQADataset(
+    name="science_qa_img",
+    repository="lmms-lab/ScienceQA",
+    configuration="ScienceQA-IMG",
+    splits={"train": "train", "validation": "validation", "test": "test"},
+    elsewhere={"train": "lmms-lab/ScienceQA-IMG"},
+    columns=Features(
+        {
+            "image": Image(),
+            "question": Value("string"),
+            "choices": List(Value("string")),
+            "answer": Value("int8"),
+            "hint": Value("string"),
+            "subject": Value("string"),
+        }
+    ),
+    convert=_convert_science_qa_img,
+    style="science_qa",
+    metric="multiple_choice",
+)
+
+_MMMU_IMAGE = re.compile(r"<image (\d+)>")
+
+
+def _convert_mmmu(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+    """
+    Questions and options name their images as "<image 1>". An executor gets one image, before the question: a row that
+    names another one is not usable. Of the one image, the name is left out where it stands at either end, and is
+    "the image" elsewhere.
+    """
+    converted = {"id": row["id"], "image_key": row["id"], "question": row["question"], "answers": []}
+    converted["question_type"] = row["question_type"]
+    is_open = row["question_type"] == "open"
+    try:
+        # A Python list, written as a string.
+        options = [] if is_open else _parse_list(row["options"])
+        answers = _parse_list(row["answer"]) if is_open and row["answer"].startswith("[") else [row["answer"]]
+    except ValueError:
+        return {**converted, "defect": f"question: its options are no list ({row['options']})"}
+    images = sorted({int(image) for text in (row["question"], *options) for image in _MMMU_IMAGE.findall(text)})
+    if images not in ([], [1]):
+        names = ", ".join(f"image_{image}" for image in images)
+        converted["defect"] = f"image: the question is on {names}, and one image, image_1, is what can be shown"
+    question = _leave_out_image_names(row["question"])
+    if is_open:
+        return {**converted, "question": question, "answers": answers, "style": "vqa2", "metric": "exact_match"}
+    options = [_leave_out_image_names(option) for option in options]
+    letters = [_letter(index) for index in range(len(options))]
+    if row["answer"] in letters:
+        converted["answers"] = [row["answer"], options[letters.index(row["answer"])]]
+    # The test split's answers are "?".
+    elif row["answer"] not in ("", "?"):
+        converted.setdefault("defect", f"answers: the right choice is '{row['answer']}' of {letters}")
+    return {**converted, "question": render_choices(question, options)}
+
+
+def _parse_list(text: str) -> list[str]:
+    try:
+        values = ast.literal_eval(text)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"'{text}' is no list.") from error
+    if not isinstance(values, list):
+        raise ValueError(f"'{text}' is no list.")
+    return [str(value) for value in values]
+
+
+def _leave_out_image_names(text: str) -> str:
+    text = re.sub(r"^(\s*<image 1>)+\s*|\s*(<image 1>\s*)+$", "", text)
+    return text.replace("<image 1>", "the image")
+
+
+MMMU = VQADataset(
+    name="mmmu",
+    repository="lmms-lab/MMMU",
+    splits={"dev": "dev", "validation": "validation", "test": "test"},
+    unlabelled=("test",),
+    image_column="image_1",
+    columns=Features(
+        {
+            "id": Value("string"),
+            "question": Value("string"),
+            "options": Value("string"),
+            "image_1": Image(),
+            "answer": Value("string"),
+            "question_type": Value("string"),
+        }
+    ),
+    convert=_convert_mmmu,
+    style="a_okvqa_mc",
+    metric="multiple_choice",
+)
+
+VQA_DATASETS: dict[str, VQADataset] = {
+    entry.name: entry
+    for entry in (
+        TEXT_VQA,
+        COCO_2014_VQA,
+        OKVQA,
+        COCO_CAPTION,
+        TALLY_QA,
+        DOC_QA,
+        SCIENCE_QA_IMG,
+        ST_QA,
+        MMMU,
+    )
+}
 """The published data sets by name."""

@@ -28,7 +28,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from .official_files import OFFICIAL_FILES, find_official_splits, read_official_files
+from .official_files import OFFICIAL_FILES, find_official_split, read_official_split
 from .registry import VQA_DATASETS, VQADataset
 from .schema import DEFAULT_QUESTION_TYPE, FEATURES, SPLITS
 
@@ -162,18 +162,15 @@ def read_source(name_or_path: str, split: str = "train", streaming: bool = False
     if path is None:
         published = _read_hub(entry, role, streaming)
     else:
-        published = _read_named(entry, path, role, streaming)
+        entry, published = _read_named(entry, path, role, streaming)
     if isinstance(published, IterableDataset):
         rows = _convert_streamed(entry, role, published, part)
     else:
         rows = _convert_table(entry, role, published, part, where)
         if streaming:
             rows = rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows)))
-    if role in entry.unlabelled and not any(answer.strip() for answer in next(iter(rows))["answers"]):
-        raise ValueError(
-            f"split '{part.name}' of data set '{entry.name}' in {where} has no answers: it was published without. "
-            f"{_part_hint(entry)}"
-        )
+    if role in entry.unlabelled and not any(answer and answer.strip() for answer in next(iter(rows))["answers"]):
+        raise _no_answers(entry, role)
     return rows
 
 
@@ -204,76 +201,78 @@ def _describe_splits(entry: VQADataset) -> str:
     return ", ".join(f"'{name}'{without.get(role, '')}" for role, name in entry.splits.items())
 
 
+def _no_answers(entry: VQADataset, role: str) -> ValueError:
+    return ValueError(
+        f"split '{entry.splits[role]}' of data set '{entry.name}' has no answers: it was published without. "
+        f"{_part_hint(entry)}"
+    )
+
+
 def _part_hint(entry: VQADataset) -> str:
     """How to get a split that a data set does not have."""
-    labelled = [role for role in entry.splits if role not in entry.unlabelled]
-    if not labelled:
-        return "Give files that have answers."
-    return (
-        f"A split can be made of a part of another one's images, such as '{labelled[-1]}[:50%]' and "
-        f"'{labelled[-1]}[50%:]'."
-    )
+    labelled = [role for role in entry.splits if role not in entry.unlabelled][-1]
+    return f"A split can be a part of another one's images, as '{labelled}[:50%]' and '{labelled}[50%:]' are."
 
 
 def _read_hub(entry: VQADataset, role: str, streaming: bool) -> Dataset | IterableDataset:
     """Reads a published split from the Hub, or from what `datasets` has of it in its cache."""
+    if role in entry.unlabelled:
+        raise _no_answers(entry, role)
     if role in entry.not_on_hub:
         on_hub = [name for other, name in entry.splits.items() if other not in entry.not_on_hub]
         raise ValueError(
             f"'{entry.repository}' on the Hub has no split '{role}' of data set '{entry.name}' (it has {on_hub}): give "
-            f"the official files, as '{entry.name}=path/to/folder'. {_part_hint(entry)}"
-        )
-    if role in entry.unlabelled:
-        raise ValueError(
-            f"split '{role}' of data set '{entry.name}' has no answers: it was published without. {_part_hint(entry)}"
+            f"a folder that has it, as '{entry.name}=path/to/folder', with {OFFICIAL_FILES[entry.name][role].describe()}."
+            + (f" {_part_hint(entry)}" if len(on_hub) > len(entry.unlabelled) else "")
         )
     published = entry.splits[role]
+    repository, configuration = entry.repository, entry.configuration
+    if role in entry.elsewhere:
+        repository, configuration = entry.elsewhere[role], None
     try:
         if not streaming:
-            return load_dataset(entry.repository, entry.configuration, split=published)
-        builder = load_dataset_builder(entry.repository, entry.configuration)
+            return load_dataset(repository, configuration, split=published)
+        builder = load_dataset_builder(repository, configuration)
         return _stream_parquet(list(builder.config.data_files[published]), list(entry.columns), entry.columns)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        configuration = f" ({entry.configuration})" if entry.configuration else ""
         raise ValueError(
-            f"data set '{entry.name}' cannot be read from '{entry.repository}'{configuration} on the Hub "
-            f"({_one_line(error)}): without a connection, give a folder that holds it, as "
-            f"'{entry.name}=path/to/folder'."
+            f"data set '{entry.name}' cannot be read from '{repository}' on the Hub ({_one_line(error)}): without a "
+            f"connection, give a folder that holds it, as '{entry.name}=path/to/folder'."
         ) from error
 
 
-def _read_named(entry: VQADataset, path: Path, role: str, streaming: bool) -> Dataset | IterableDataset:
-    """Reads a published split from a local file or folder."""
-    saved = _find_saved(path)
-    files = _find_parquet(path, entry.configuration)
-    official = find_official_splits(entry.name, path)
-    for found in (saved, files, official):
+def _read_named(
+    entry: VQADataset, path: Path, role: str, streaming: bool
+) -> tuple[VQADataset, Dataset | IterableDataset]:
+    """Reads a published split from a local file or folder, and says in which of its schemas it is."""
+    saved, files = _find_saved(path), _find_parquet(path, entry)
+    for found in (saved, files):
         names = [name for name in found if ROLES.get(name, name) == role]
-        if entry.splits[role] in names:
-            names = [entry.splits[role]]
         if len(names) > 1:
-            raise ValueError(f"data set '{path}' has {names}, which all are the split '{role}': leave one of them.")
-        if not names:
-            continue
-        if found is saved:
-            return _load_saved(path, names[0])
-        if found is files:
-            return _load_parquet(path, files[names[0]], streaming, entry)
-        return read_official_files(entry.name, official[names[0]])
-    present = [name for found in (saved, files, official) for name in found]
-    if present:
-        official_hint = ""
-        if entry.name in OFFICIAL_FILES and role in OFFICIAL_FILES[entry.name]:
-            official_hint = f", or add {OFFICIAL_FILES[entry.name][role].describe()}"
-        raise ValueError(
-            f"data set '{entry.name}' in '{path}' has no split '{role}' (it has {present}): begin the names of its "
-            f"Parquet files with '{entry.splits[role]}'{official_hint}. {_part_hint(entry)}"
-        )
-    folders = [str(folder) for folder in _parquet_folders(path, entry.configuration)]
-    looked_for = f"a folder written by `save_to_disk`, nor Parquet files in {folders}"
-    if entry.name in OFFICIAL_FILES and role in OFFICIAL_FILES[entry.name]:
-        looked_for += f", nor the official {OFFICIAL_FILES[entry.name][role].describe()} in it or in a folder of it"
-    raise ValueError(f"there is no data set '{entry.name}' in '{path}': it is neither {looked_for}.")
+            raise ValueError(
+                f"data set '{entry.name}' in '{path}' has its split '{role}' twice, as {names}: keep one."
+            )
+        if names and found is saved:
+            return entry, _load_saved(path, names[0])
+        if names:
+            return entry, _load_parquet(path, files[names[0]], streaming, entry, role)
+    official = find_official_split(entry.name, role, path)
+    if official is not None:
+        return official.split.entry, read_official_split(official)
+
+    message = f"data set '{entry.name}' in '{path}' has no split '{entry.splits[role]}'"
+    if role in entry.unlabelled:
+        raise _no_answers(entry, role)
+    looked_for = [
+        f"Parquet files '{entry.splits[role]}*.parquet' in {[str(place) for place in _parquet_folders(path, entry)]}"
+    ]
+    if role in OFFICIAL_FILES.get(entry.name, {}):
+        looked_for.append(f"the official {OFFICIAL_FILES[entry.name][role].describe()}, there or in a folder there")
+    has = [*saved, *files]
+    raise ValueError(
+        f"{message}{f' (it has {has})' if has else ''}: it was looked for as a folder written by `save_to_disk`, as "
+        f"{' and as '.join(looked_for)}. {_part_hint(entry)}"
+    )
 
 
 def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | IterableDataset:
@@ -339,18 +338,18 @@ def _load_saved(path: Path, split: str) -> Dataset:
 # ---- Parquet files --------------------------------------------------------------------------------------------------
 
 
-def _parquet_folders(path: Path, configuration: str | None) -> list[Path]:
-    """Folders that Parquet files of a repository, or of one split of it, are in."""
-    bases = [path / name for name in (configuration, "data") if name] + [path]
-    return [base for base in bases if base.is_dir()]
+def _parquet_folders(path: Path, entry: VQADataset | None) -> list[Path]:
+    """Folders in which a repository has Parquet files, and the folder itself."""
+    names = ["data"] if entry is None or entry.configuration is None else [entry.configuration, "data"]
+    return [folder for folder in (*(path / name for name in names), path) if folder.is_dir()]
 
 
-def _find_parquet(path: Path, configuration: str | None) -> dict[str, list[Path]]:
+def _find_parquet(path: Path, entry: VQADataset | None) -> dict[str, list[Path]]:
     """The Parquet files of each split, in order: those of the first folder that has some."""
     if path.is_file():
         candidates = [[path]]
     else:
-        candidates = [sorted(folder.glob("*.parquet")) for folder in _parquet_folders(path, configuration)]
+        candidates = [sorted(folder.glob("*.parquet")) for folder in _parquet_folders(path, entry)]
     splits: dict[str, list[Path]] = {}
     for file in next((files for files in candidates if files), []):
         if file.suffix == ".parquet":
@@ -367,14 +366,14 @@ def _find_parquet(path: Path, configuration: str | None) -> dict[str, list[Path]
 
 
 def _load_parquet(
-    path: Path, files: list[Path], streaming: bool, entry: VQADataset | None = None
+    path: Path, files: list[Path], streaming: bool, entry: VQADataset | None = None, role: str | None = None
 ) -> Dataset | IterableDataset:
     """Reads Parquet files: of a named data set the columns that are needed, else all."""
     names = [str(file) for file in files]
     try:
         schema = Features.from_arrow_schema(pq.read_schema(names[0]))
         if entry is not None:
-            _check_published(entry, schema, f"'{path}'")
+            _check_published(entry, role, schema, f"'{path}'")
         columns = None if entry is None else list(entry.columns)
         if streaming:
             return _stream_parquet(names, columns, schema)
@@ -451,10 +450,12 @@ class _PublishedSchemaError(ValueError):
     pass
 
 
-def _check_published(entry: VQADataset, features: Mapping[str, Any], where: str) -> None:
+def _check_published(entry: VQADataset, role: str, features: Mapping[str, Any], where: str) -> None:
     """Refuses a table that does not have the published columns."""
     for column, expected in entry.columns.items():
         if column not in features:
+            if role in entry.unlabelled and column in ("answers", "answer"):
+                raise _PublishedSchemaError(str(_no_answers(entry, role)))
             raise _PublishedSchemaError(
                 f"data set '{entry.name}' in {where} has no column '{column}' (it has {sorted(features)}): give it as "
                 f"it was published, with the columns {list(entry.columns)}, or give the path alone if the data set is "
@@ -468,7 +469,10 @@ def _check_published(entry: VQADataset, features: Mapping[str, Any], where: str)
 
 
 def _has_type(actual: Any, expected: Any) -> bool:
-    """Whether a column holds what the published one does; widths do not matter."""
+    """
+    Whether a column holds what the published one does. Widths do not matter, nor whether a number, which is an id or a
+    count, is written as a string.
+    """
     if isinstance(expected, Image):
         is_struct = isinstance(actual, dict) and set(actual) == {"bytes", "path"}
         return isinstance(actual, Image) or is_struct
@@ -482,26 +486,28 @@ def _has_type(actual: Any, expected: Any) -> bool:
 
 
 def _kind(dtype: str) -> str:
-    return re.sub(r"^(large_|u)|\d+$", "", dtype)
+    kind = re.sub(r"^(large_|u)|\d+$", "", dtype)
+    return "string" if kind == "int" else kind
 
 
 def _convert_table(entry: VQADataset, role: str, published: Dataset, part: SplitPart, where: str) -> Dataset:
     """Makes our columns of the published ones. Texts are written to the cache, images stay where they are."""
     if not len(published):
         raise ValueError(f"data set '{entry.name}' in {where} has no rows in '{entry.splits[role]}'.")
-    _check_published(entry, published.features, where)
+    _check_published(entry, role, published.features, where)
     # Not in the folder of the data, where `datasets` would put it: that is the user's.
     fingerprint = Hasher.hash((published._fingerprint, entry.name, role, CONVERSION_VERSION))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "joint_controller"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = published.select_columns(list(entry.text_columns)).map(
+    texts = published.select_columns(entry.text_columns).map(
         _convert_batch,
         with_indices=True,
         batched=True,
-        remove_columns=list(entry.text_columns),
+        remove_columns=entry.text_columns,
         features=_CONVERTED_FEATURES,
-        fn_kwargs={"name": entry.name, "role": role},
+        fn_kwargs={"entry": entry, "role": role},
         cache_file_name=str(folder / f"rows-{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
         desc=f"Reading '{entry.name}' ({entry.splits[role]})",
     )
     if not len(texts):
@@ -513,7 +519,9 @@ def _convert_table(entry: VQADataset, role: str, published: Dataset, part: Split
     if entry.questions_column is not None:
         # Here alone images are copied, since a table has one image a row.
         images = images.select(texts[_ROW]).flatten_indices(
-            cache_file_name=str(folder / f"images-{fingerprint}.arrow"), writer_batch_size=STREAMING_BATCH_SIZE
+            cache_file_name=str(folder / f"images-{fingerprint}.arrow"),
+            writer_batch_size=STREAMING_BATCH_SIZE,
+            new_fingerprint=f"{fingerprint}-images",
         )
     rows = concatenate_datasets([texts.remove_columns([_ROW, _IMAGE_KEY]), images], axis=1)
     rows = rows.select_columns(list(SOURCE_FEATURES))
@@ -540,27 +548,25 @@ def _convert_streamed(entry: VQADataset, role: str, published: IterableDataset, 
         batch_size=STREAMING_BATCH_SIZE,
         remove_columns=list(published.features),
         features=Features({**_CONVERTED_FEATURES, "image": ENCODED_IMAGE}),
-        fn_kwargs={"name": entry.name, "role": role},
+        fn_kwargs={"entry": entry, "role": role},
     )
     if not part.is_whole:
         rows = rows.filter(_is_image_in_part, fn_kwargs={"part": part})
     return rows.select_columns(list(SOURCE_FEATURES))
 
 
-def _convert_streamed_batch(batch: Mapping[str, list[Any]], name: str, role: str) -> dict[str, list[Any]]:
-    entry = VQA_DATASETS[name]
+def _convert_streamed_batch(batch: Mapping[str, list[Any]], entry: VQADataset, role: str) -> dict[str, list[Any]]:
     numbers = batch[_ROW]
-    converted = _convert_batch(batch, numbers, name, role)
-    first = numbers[0]
-    converted["image"] = [batch[entry.image_column][number - first] for number in converted[_ROW]]
+    converted = _convert_batch(batch, numbers, entry, role)
+    positions = {number: position for position, number in enumerate(numbers)}
+    converted["image"] = [batch[entry.image_column][positions[number]] for number in converted[_ROW]]
     return converted
 
 
 def _convert_batch(
-    batch: Mapping[str, list[Any]], numbers: Sequence[int], name: str, role: str
+    batch: Mapping[str, list[Any]], numbers: Sequence[int], entry: VQADataset, role: str
 ) -> dict[str, list[Any]]:
     """Our rows of published ones: texts alone, with the number of the published row that each is of."""
-    entry = VQA_DATASETS[name]
     converted = {column: [] for column in _CONVERTED_FEATURES}
     for position, number in enumerate(numbers):
         published = {column: batch[column][position] for column in entry.text_columns}
@@ -572,7 +578,7 @@ def _convert_batch(
                 entry.convert({**published, **question}, f"{number}-{index}") for index, question in enumerate(listed)
             ]
         for row in questions:
-            converted["sample_id"].append(f"{name}/{entry.splits[role]}/{row['id']}")
+            converted["sample_id"].append(f"{entry.name}/{entry.splits[role]}/{row['id']}")
             converted["question"].append(row["question"])
             converted["answers"].append(row["answers"] or [])
             converted["style"].append(row.get("style", entry.style))
