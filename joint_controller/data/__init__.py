@@ -16,8 +16,8 @@ from .scenes import (
     vocabulary,
 )
 from .schema import ENCODED_FEATURES, FEATURES, SPLITS
-from .streaming import stream_vqa_datasets, take_rows
 from .sources import SplitPart, read_source
+from .streaming import stream_vqa_datasets, take_rows
 
 
 __all__ = [
