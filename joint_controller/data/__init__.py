@@ -2,7 +2,7 @@
 
 from .budgets import draw_budget
 from .images import ImageError, decode_image
-from .loading import load_vqa_dataset, load_vqa_datasets
+from .loading import load_vqa_dataset, load_vqa_datasets, load_vqa_parts
 from .registry import VQA_DATASETS, VQADataset
 from .row_checks import BadRow, SkippedRows, keep_good_rows
 from .scenes import (
@@ -41,6 +41,7 @@ __all__ = [
     "keep_good_rows",
     "load_vqa_dataset",
     "load_vqa_datasets",
+    "load_vqa_parts",
     "read_source",
     "scene_seed",
     "stream_vqa_datasets",

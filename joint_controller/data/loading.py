@@ -101,6 +101,28 @@ def load_vqa_datasets(
         ValueError: If no name is given, `max_samples` is smaller than the number of data sets, a weight is not positive or
             leaves no sample of a data set, two data sets share sample ids, or one of them cannot be loaded.
     """
+    datasets = list(load_vqa_parts(names, split, max_samples, seed, weights, skipped_rows).values())
+    if weights is None:
+        return concatenate_and_shuffle(datasets, seed)
+    return interleave_by_weight(datasets, weights, seed)
+
+
+def load_vqa_parts(
+    names: Sequence[str],
+    split: str = "train",
+    max_samples: int | None = None,
+    seed: int = 42,
+    weights: Sequence[float] | None = None,
+    skipped_rows: SkippedRows | None = None,
+) -> dict[str, Dataset]:
+    """
+    Loads what [`load_vqa_datasets`] mixes: of each data set the samples that are in an epoch.
+
+    Args and errors are those of [`load_vqa_datasets`].
+
+    Returns:
+        `dict[str, datasets.Dataset]`: The samples of each name, in the order of the data set.
+    """
     check_mixture(names, max_samples, weights)
     if weights is None:
         limits = [None] * len(names) if max_samples is None else split_evenly(max_samples, len(names))
@@ -109,7 +131,7 @@ def load_vqa_datasets(
         sources = [_read_split(name, split, max_samples) for name in names]
         limits = split_by_weight(weights, [len(source) for source in sources], max_samples)
         logger.info("An epoch of '%s' is %d samples: %s.", split, sum(limits), dict(zip(names, limits, strict=True)))
-    datasets = []
+    parts = {}
     owners: dict[str, str] = {}
     for name, source, limit in zip(names, sources, limits, strict=True):
         dataset = _choose_samples(name, source, split, limit, seed, skipped_rows)
@@ -120,10 +142,8 @@ def load_vqa_datasets(
                     "data set once, and give their rows ids of their own in a column 'sample_id'."
                 )
             owners[sample_id] = name
-        datasets.append(dataset)
-    if weights is None:
-        return concatenate_and_shuffle(datasets, seed)
-    return interleave_by_weight(datasets, weights, seed)
+        parts[name] = dataset
+    return parts
 
 
 def _read_split(name_or_path: str, split: str, num_scenes: int | None) -> Dataset:
