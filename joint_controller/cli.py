@@ -33,6 +33,10 @@ COMMANDS = {
         "fit a latency estimator to profiled times",
         "--profile_path outputs/profile --output_dir outputs/latency",
     ),
+    "import-results": (
+        "import results of the original profiling scripts: outcomes and times to learn from",
+        "--results_dir profiling_results --output_dir outputs/recorded",
+    ),
     "sweep": (
         "evaluate a controller and static settings over latency budgets",
         "--config recipes/easy_vqa/sweep.yaml",

@@ -4,22 +4,28 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
 from .fitting import fit_latency_estimator, format_model_card
+from .loading import read_latency_estimator
 from .modeling_latency_estimator import (
     LatencyEstimatorModel,
     LatencyEstimatorOutput,
     embedded_latency_estimator_path,
 )
+from .modeling_original_estimator import OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel
 from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
 AutoModel.register(LatencyEstimatorConfig, LatencyEstimatorModel)
+AutoConfig.register(OriginalLatencyEstimatorConfig.model_type, OriginalLatencyEstimatorConfig)
+AutoModel.register(OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel)
 
 __all__ = [
     "LatencyEstimatorConfig",
     "LatencyEstimatorModel",
     "LatencyEstimatorOutput",
+    "OriginalLatencyEstimatorConfig",
+    "OriginalLatencyEstimatorModel",
     "embedded_latency_estimator_path",
     "executor_shape",
     "fit_latency_estimator",
@@ -27,5 +33,6 @@ __all__ = [
     "load_profile",
     "make_profile",
     "profile_executor",
+    "read_latency_estimator",
     "save_profile",
 ]

@@ -1,0 +1,116 @@
+"""The samples of recorded results: their images, where these are at hand, and their division into splits."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset, Image
+
+from ..data.schema import SPLITS
+from .recorded_results import dataset_name_of_sample
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+HELD_OUT_SHARE = 0.1
+"""Share of the recorded samples that is kept for validation, and again for the test; one sample at least."""
+
+# COCO's files are named COCO_val2014_000000001000.jpg or 000000001000.jpg, its annotations speak of image 1000.
+_PADDED_NUMBER = re.compile(r"(?:COCO_[a-z]+\d{4}_)?0*(\d+)")
+
+
+def find_images(samples: Dataset, image_dir: str | Path) -> Dataset:
+    """
+    Looks up the images of recorded samples by the id that the data set gives them: a file `<image_id>.jpg` (or another
+    image suffix), or one that COCO names by the number (`COCO_val2014_000000001000.jpg`).
+
+    Args:
+        samples ([`~datasets.Dataset`]):
+            Samples of [`RecordedResults`].
+        image_dir (`str` or `Path`):
+            Folder of image files, searched with all that is below it. Where it has a folder with the name of a data set
+            (`text_vqa` or `text-vqa`), images of that data set are looked up there alone.
+
+    Returns:
+        [`~datasets.Dataset`]: The samples, with the path of an image in each row.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If a sample has no image id, no file, or several files.
+    """
+    image_dir = Path(image_dir)
+    if not image_dir.is_dir():
+        raise FileNotFoundError(f"`image_dir` '{image_dir}' does not exist: give the folder of the images.")
+    found_in: dict[Path, dict[str, list[Path]]] = {}
+    paths, missing = [], []
+    for sample_id, image_id in zip(samples["sample_id"], samples["image_id"], strict=True):
+        name = dataset_name_of_sample(sample_id)
+        own = [folder for folder in (image_dir / name, image_dir / name.replace("_", "-")) if folder.is_dir()]
+        folder = own[0] if own else image_dir
+        if folder not in found_in:
+            found_in[folder] = _index_images(folder)
+        files = [] if image_id is None else found_in[folder].get(_image_key(Path(image_id).stem), [])
+        if len(files) > 1:
+            raise ValueError(
+                f"sample '{sample_id}' has image '{image_id}', which is both '{files[0]}' and '{files[1]}': keep one, or "
+                f"put the images of each data set into a folder of its own ('{image_dir / name}')."
+            )
+        if not files:
+            missing.append(f"'{sample_id}' (image '{image_id}')")
+        paths.extend(str(file) for file in files)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(samples)} samples have no image in '{image_dir}', e.g. {', '.join(missing[:3])}: name "
+            "the files by image id, leave out these samples' data sets, or train without `image_dir`."
+        )
+    return samples.remove_columns("image").add_column("image", paths).cast_column("image", Image())
+
+
+def _index_images(folder: Path) -> dict[str, list[Path]]:
+    index: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            index.setdefault(_image_key(file.stem), []).append(file)
+    return index
+
+
+def _image_key(name: str) -> str:
+    match = _PADDED_NUMBER.fullmatch(name)
+    return name if match is None else match[1]
+
+
+def split_samples(samples: Dataset) -> dict[str, Dataset]:
+    """
+    Divides recorded samples, which name no splits, into `train`, `validation` and `test`. Samples are ordered by the
+    SHA-256 of their id; the first tenth (one at least) is for validation, the next tenth (one at least) for the test, the
+    rest for training. So the division is the same in every run over the same samples, whatever the seed. Each split is in
+    that order, too, so that its beginning is a random part of it.
+
+    Args:
+        samples ([`~datasets.Dataset`]):
+            Samples of [`RecordedResults`].
+
+    Returns:
+        `dict[str, Dataset]`: The splits by name.
+
+    Raises:
+        ValueError: If there are fewer than three samples.
+    """
+    if len(samples) < len(SPLITS):
+        raise ValueError(
+            f"{len(samples)} recorded sample(s) cannot be divided into {', '.join(SPLITS)}: record more of them."
+        )
+    order = hash_order(samples["sample_id"][:])
+    held_out = max(1, int(HELD_OUT_SHARE * len(samples)))
+    return {
+        "train": samples.select(order[2 * held_out :]),
+        "validation": samples.select(order[:held_out]),
+        "test": samples.select(order[held_out : 2 * held_out]),
+    }
+
+
+def hash_order(sample_ids: Sequence[str]) -> list[int]:
+    """Row numbers in the order of the SHA-256 of the ids."""
+    digests = [hashlib.sha256(sample_id.encode()).digest() for sample_id in sample_ids]
+    return sorted(range(len(digests)), key=digests.__getitem__)
