@@ -174,6 +174,34 @@ def read_source(name_or_path: str, split: str = "train", streaming: bool = False
     return rows
 
 
+def select_part(dataset: Dataset, part: SplitPart, name: str) -> Dataset:
+    """
+    The rows of a data set whose images belong to a part. What names an image is its bytes, or, where a row has the path of
+    a file, the file's name.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows of the split `part.name`, with a column `image`.
+        part ([`SplitPart`]):
+            The part.
+        name (`str`):
+            Name of the data set in messages.
+
+    Raises:
+        ValueError: If no image belongs to the part.
+    """
+    if part.is_whole:
+        return dataset
+    images = dataset.select_columns("image").cast_column("image", ENCODED_IMAGE)
+    return _select(dataset, [row for row, image in enumerate(images) if _is_image_in_part(image, part)], part, name)
+
+
+def _select(dataset: Dataset, rows: list[int], part: SplitPart, name: str) -> Dataset:
+    if not rows:
+        raise ValueError(f"data set '{name}' has no image in the part {part.start}% to {part.stop}% of '{part.name}'.")
+    return dataset.select(rows)
+
+
 # ---- where to look --------------------------------------------------------------------------------------------------
 
 
@@ -311,9 +339,7 @@ def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | Iterabl
         rows = rows.cast_column("image", ENCODED_IMAGE)
     if "sample_id" not in rows.column_names:
         rows = rows.add_column("sample_id", [f"{prefix}/{row:06d}" for row in range(len(rows))])
-    if not part.is_whole:
-        images = rows.select_columns("image").cast_column("image", ENCODED_IMAGE)
-        rows = rows.select([row for row, image in enumerate(images) if _is_image_in_part(image, part)])
+    rows = select_part(rows, part, str(path))
     return rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows))) if streaming else rows
 
 
@@ -533,12 +559,7 @@ def _convert_table(entry: VQADataset, role: str, published: Dataset, part: Split
         for row, key in enumerate(keys)
         if (part.contains(key) if key is not None else _is_image_in_part(images[row], part))
     ]
-    if not chosen:
-        raise ValueError(
-            f"data set '{entry.name}' in {where} has no image in the part {part.start}% to {part.stop}% of "
-            f"'{part.name}'."
-        )
-    return rows.select(chosen)
+    return _select(rows, chosen, part, entry.name)
 
 
 def _convert_streamed(entry: VQADataset, role: str, published: IterableDataset, part: SplitPart) -> IterableDataset:
