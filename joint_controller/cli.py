@@ -11,7 +11,7 @@ from types import ModuleType
 from .version import __version__
 
 
-# Subcommand: (what it does, an example of its flags).
+# Subcommand, or subcommand and target: (what it does, an example of its flags).
 COMMANDS = {
     "train": (
         "train a controller by GRPO: what to spend on each question",
@@ -40,6 +40,10 @@ COMMANDS = {
     "sweep": (
         "evaluate a controller and static settings over latency budgets",
         "--config recipes/easy_vqa/sweep.yaml",
+    ),
+    "bench data": (
+        "time the way from a Parquet file to the executor's input, and watch its memory",
+        "--num_images 200",
     ),
 }
 
@@ -77,30 +81,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("command", metavar="SUBCOMMAND", choices=list(COMMANDS), help="what to do, see below")
+    subcommands = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    parser.add_argument("command", metavar="SUBCOMMAND", choices=subcommands, help="what to do, see below")
     if not argv:
         parser.print_help()
         return 2
     # What follows the subcommand, `--help` included, belongs to its script.
     position = next((index for index, arg in enumerate(argv) if not arg.startswith("-")), len(argv))
     options, script_argv = parser.parse_args(argv[: position + 1]), argv[position + 1 :]
+    command = options.command
+    if command not in COMMANDS:
+        command, script_argv = f"{command} {_parse_target(command, script_argv)}", script_argv[1:]
 
     # Imported here: `joint-controller --help` should not wait for torch.
     from .scripts import DEBUG_VARIABLE, guard, run_script
 
     if options.debug:
         os.environ[DEBUG_VARIABLE] = "1"
-    if options.command == "train":
+    if command == "train":
         launch_options, script_argv = _split_launch_options(script_argv)
         if launch_options.num_processes is not None or launch_options.accelerate_config is not None:
             return guard("joint-controller train", lambda: _launch(launch_options, script_argv))
-    script = import_script(options.command)
-    return run_script(options.command, script.make_parser, script.main, script_argv)
+    script = import_script(command)
+    return run_script(command, script.make_parser, script.main, script_argv)
 
 
 def import_script(command: str) -> ModuleType:
-    """The module of a subcommand's script, e.g. `joint_controller.scripts.fit_latency` for `"fit-latency"`."""
-    return importlib.import_module(f"joint_controller.scripts.{command.replace('-', '_')}")
+    """
+    The module of a subcommand's script, e.g. `joint_controller.scripts.fit_latency` for `"fit-latency"`, and
+    `joint_controller.scripts.bench_data` for `"bench data"`.
+    """
+    return importlib.import_module(f"joint_controller.scripts.{command.replace('-', '_').replace(' ', '_')}")
+
+
+def _parse_target(command: str, argv: list[str]) -> str:
+    """What a subcommand such as `bench` is asked to do, its first argument."""
+    targets = {name.split()[1]: summary for name, (summary, _) in COMMANDS.items() if name.split()[0] == command}
+    parser = argparse.ArgumentParser(
+        prog=f"joint-controller {command}",
+        usage=f"joint-controller {command} TARGET [--FIELD VALUE ...]",
+        epilog="targets:\n" + "\n".join(f"  {name:15} {summary}" for name, summary in targets.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", metavar="TARGET", choices=list(targets), help="see below")
+    return parser.parse_args(argv[:1]).target
 
 
 def _split_launch_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
