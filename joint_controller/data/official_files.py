@@ -38,6 +38,8 @@ class OfficialSplit:
             Path of an image, with the row's fields in braces. Its first part is a folder.
         questions (`str`, *optional*):
             JSON file of the questions, where they have one of their own.
+        optional (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Columns that rows may lack.
     """
 
     entry: VQADataset
@@ -45,6 +47,7 @@ class OfficialSplit:
     records_key: str
     image: str
     questions: str | None = None
+    optional: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[str]:
@@ -112,7 +115,7 @@ OFFICIAL_FILES: dict[str, dict[str, OfficialSplit]] = {
     "st_qa": {"train": OfficialSplit(OFFICIAL_ST_QA, "train_task_3.json", "data", "{file_path}")},
     # https://github.com/manoja328/TallyQA_dataset
     "tally_qa": {
-        "train": OfficialSplit(OFFICIAL_TALLY_QA, "train.json", "", "{image}"),
+        "train": OfficialSplit(OFFICIAL_TALLY_QA, "train.json", "", "{image}", optional=("issimple",)),
         "test": OfficialSplit(OFFICIAL_TALLY_QA, "test.json", "", "{image}"),
     },
 }
@@ -211,6 +214,8 @@ def _iterate_official_split(found: FoundSplit) -> Iterator[dict[str, Any]]:
             if question_id not in questions:
                 raise ValueError(f"'{records_file}', row {row}: '{found.files[0]}' has no question {question_id}")
             record["question"] = questions.pop(question_id)
+        for column in split.optional:
+            record.setdefault(column, None)
         published = {
             column: _as_published(_field(record, column, records_file, row), entry.columns[column])
             for column in entry.text_columns
