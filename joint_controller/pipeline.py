@@ -1,13 +1,12 @@
 """One call for users: an image, a question and a budget in; an answer, the setting it was given at and its latency out."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from .controller import JointControllerModel
-from .evaluation.policies import ControllerPolicy
+from .controller import JointControllerModel, RequestController
 from .executor import ExecutorRequest, MolmoExecutor
 from .knobs import KnobSetting
 from .latency import LatencyEstimatorModel
@@ -78,7 +77,7 @@ class JointPipeline:
         latency_estimator.check_executor(executor.model.config)
         self.executor = executor
         self.latency_estimator = latency_estimator
-        self._policy = ControllerPolicy(controller.to(executor.device), executor)
+        self._controller = RequestController(controller.to(executor.device))
         self._numbers = itertools.count()
 
     @classmethod
@@ -142,9 +141,10 @@ class JointPipeline:
         if latency_budget_ms <= 0:
             raise ValueError(f"`latency_budget_ms` is {latency_budget_ms}: a budget must be above 0 ms.")
         # A name of its own: the executor keeps encoded images under it.
-        sample = {"sample_id": f"request-{next(self._numbers)}", "image": image, "question": question, "style": style}
-        [setting] = self._policy.choose([sample], latency_budget_ms)
-        [output] = self.executor.run([ExecutorRequest(**sample, setting=setting)])
+        sample_id = f"request-{next(self._numbers)}"
+        request = ExecutorRequest(sample_id, image, question, style, self.executor.knob_space.cheapest)
+        setting = self._choose(request, latency_budget_ms)
+        [output] = self.executor.run([replace(request, setting=setting)])
         outcome = Outcome(
             sample_id=output.sample_id,
             setting=setting,
@@ -157,3 +157,12 @@ class JointPipeline:
         )
         latency_ms = predict_latency_ms(self.latency_estimator, [outcome]).item()
         return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms)
+
+    def _choose(self, request: ExecutorRequest, latency_budget_ms: float) -> KnobSetting:
+        config, space = self._controller.controller.config, self.executor.knob_space
+        question = self.executor.question_features([request.question]) if config.sees_question else None
+        tier_index = self._controller.choose_tier(question, latency_budget_ms)
+        tier = space.values["tier"][tier_index]
+        # Encoded here, the image is found again when the request is answered.
+        vision = self.executor.vision_features([request], tier) if config.sees_image else None
+        return space.setting((tier_index, *self._controller.choose_depth(vision)))

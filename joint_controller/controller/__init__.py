@@ -4,9 +4,10 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_joint_controller import JointControllerConfig
 from .modeling_joint_controller import JointControllerModel, JointControllerOutput
+from .request_controller import RequestController
 
 
-__all__ = ["JointControllerConfig", "JointControllerModel", "JointControllerOutput"]
+__all__ = ["JointControllerConfig", "JointControllerModel", "JointControllerOutput", "RequestController"]
 
 AutoConfig.register("joint_controller", JointControllerConfig)
 AutoModel.register(JointControllerConfig, JointControllerModel)
