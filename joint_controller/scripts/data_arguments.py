@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from ..data import SkippedRows
 
@@ -22,14 +22,18 @@ class DatasetArguments:
 
     dataset_names: list[str] = field(
         default_factory=lambda: ["easy_vqa", "scenes"],
-        metadata={"help": "Data sets: `easy_vqa`, `scenes`, a folder or Parquet files."},
+        metadata={
+            "help": "Data sets: `easy_vqa`, `scenes`, the name of a published one (from the Hub), `<name>=<path>` for a "
+            "published one in a local folder, or the path of a folder written by `save_to_disk` or of Parquet files with the "
+            "columns image, question and answers."
+        },
     )
     dataset_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "One positive number for each data set: its share of the samples; only ratios count. An epoch (a pass) "
-            "then ends where a sample would have to be used twice to keep the shares. Default: all samples of all data "
-            "sets, or, with a limit, as many of each."
+            "help": "One positive number for each data set: its share of the samples; only ratios count. An epoch is then as "
+            "long as it can be without using a sample twice: with n samples in a data set of share s, the smallest n / s, or "
+            "the limit that is set. Default: an epoch is all samples of all data sets, or the limit, shared evenly."
         },
     )
     skip_bad_rows: bool = field(
@@ -48,13 +52,21 @@ class DataArguments(DatasetArguments):
     Arguments that choose the data to train on, to evaluate on and to test on.
     """
 
-    train_split: str = field(default="train", metadata={"help": "Split of the data sets to train on."})
+    train_split: str = field(
+        default="train",
+        metadata={
+            "help": "Split of the data sets to train on. `train[:90%]` is the part with about 90 % of its images."
+        },
+    )
     eval_split: str = field(
         default="validation", metadata={"help": "Split on which controllers are evaluated and the best one is chosen."}
     )
     test_split: str = field(default="test", metadata={"help": "Split for the table at the end."})
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Training samples in all, the length of an epoch. Default: all."}
+        default=None,
+        metadata={
+            "help": "Training samples in all, at most: the length of an epoch. Of a stream, the first. Default: all."
+        },
     )
     max_eval_samples: int | None = field(
         default=None,
@@ -62,6 +74,15 @@ class DataArguments(DatasetArguments):
     )
     max_test_samples: int | None = field(
         default=None, metadata={"help": "Test samples in all, for the table at the end. Default: all."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read training samples while they are trained on, in place of preparing all of them first. Needs "
+            "`max_steps`. Each is checked when its turn comes. An epoch is one pass: of several data sets, which take turns, "
+            "or, with weights, until the first has run out. Samples are shuffled in a buffer of 1,000, and a resumed run reads "
+            "again what it has trained on."
+        },
     )
 
 
@@ -117,7 +138,7 @@ def load_split(
 
 def load_data_splits(
     args: DataArguments, seed: int, skipped_rows: "SkippedRows | None" = None
-) -> "tuple[Dataset, Dataset, Dataset]":
+) -> "tuple[Dataset | IterableDataset, Dataset, Dataset]":
     """
     Loads what a recipe trains on, evaluates on and tests on.
 
@@ -130,17 +151,20 @@ def load_data_splits(
             What [`open_skipped_rows`] gives.
 
     Returns:
-        `tuple[Dataset, Dataset, Dataset]`: Training, validation and test samples.
+        `tuple[Dataset | IterableDataset, Dataset, Dataset]`: Training samples (a stream with `streaming`), validation and test
+        samples.
 
     Raises:
         ValueError: As [`~joint_controller.data.load_vqa_datasets`] does.
     """
-    train, validation, test = (
-        load_split(args, split, max_samples, seed, skipped_rows)
-        for split, max_samples in (
-            (args.train_split, args.max_train_samples),
-            (args.eval_split, args.max_eval_samples),
-            (args.test_split, args.max_test_samples),
+    from ..data import stream_vqa_datasets
+
+    if args.streaming:
+        train = stream_vqa_datasets(
+            args.dataset_names, args.train_split, args.max_train_samples, seed, args.dataset_weights, skipped_rows
         )
-    )
+    else:
+        train = load_split(args, args.train_split, args.max_train_samples, seed, skipped_rows)
+    validation = load_split(args, args.eval_split, args.max_eval_samples, seed, skipped_rows)
+    test = load_split(args, args.test_split, args.max_test_samples, seed, skipped_rows)
     return train, validation, test

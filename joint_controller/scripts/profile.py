@@ -29,7 +29,7 @@ class ProfileArguments(DatasetArguments):
     )
     dataset_names: list[str] = field(
         default_factory=lambda: ["scenes", "easy_vqa"],
-        metadata={"help": "Data sets that inputs are drawn from: `scenes`, `easy_vqa`, a folder or Parquet files."},
+        metadata={"help": "Data sets that inputs are drawn from, as for training."},
     )
     dataset_split: str = field(
         default="train", metadata={"help": "Split that inputs are drawn from: train, validation or test."}

@@ -102,6 +102,12 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     output_dir = Path(training_args.output_dir)
     resume = _resume_from(training_args)
     _check_output_dir(output_dir, resume)
+    if script_args.streaming:
+        training_args.check_streaming()
+        if script_args.precompute_outcomes:
+            raise ValueError(
+                "`precompute_outcomes` answers all training samples, and a stream has no all: unset one of them."
+            )
     # What can be refused is refused before anything is loaded, measured or written.
     executor = load_executor(script_args)
     skipped_rows = open_skipped_rows(script_args, output_dir)
@@ -110,11 +116,11 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     is_main_process = PartialState().is_main_process
     _log_to_file(output_dir / LOG_FILE, is_main_process)
     logger.info(
-        "Executor %s on %s: %d settings. Samples: %d train, %d validation, %d test.",
+        "Executor %s on %s: %d settings. Samples: %s train, %d validation, %d test.",
         script_args.model_path,
         executor.device,
         len(executor.knob_space),
-        len(train_dataset),
+        "a stream to" if script_args.streaming else len(train_dataset),
         len(eval_dataset),
         len(test_dataset),
     )
@@ -162,6 +168,8 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
         _precompute_outcomes(collector, train_dataset)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output_dir))
+    if script_args.streaming and skipped_rows:
+        logger.warning(skipped_rows.summary())
     if is_main_process:
         latency_estimator.save_pretrained(output_dir / "latency_estimator")
         with torch.no_grad():
@@ -193,12 +201,13 @@ def _fit_latency_estimator(
     executor: "MolmoExecutor", train_dataset: "Dataset", folder: Path
 ) -> "LatencyEstimatorModel":
     """Measures this machine and fits an estimator; a resumed run goes on with the latencies that it began with."""
+    from ..data import take_rows
     from ..latency import LatencyEstimatorModel, fit_latency_estimator
     from ..latency.profiling import profile_executor
 
     if not (folder / "config.json").exists():
         logger.info("Measuring the executor on this machine to fit a latency estimator.")
-        inputs = train_dataset.select(range(min(NUM_PROFILED_INPUTS, len(train_dataset))))
+        inputs = take_rows(train_dataset, NUM_PROFILED_INPUTS)
         estimator, report = fit_latency_estimator(profile_executor(executor, inputs, time_limit_s=45))
         errors = {stage: 100 * report[stage]["mape"] for stage in ("prefill", "decode")}
         logger.info("Held-out error of the estimator: prefill %(prefill).1f %%, decode %(decode).1f %%.", errors)
@@ -262,6 +271,7 @@ def _sweep(
     train_dataset: "Dataset",
     test_dataset: "Dataset",
 ) -> "list[SweepRow]":
+    from ..data import take_rows
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.sweep import baseline_policies, sweep_budgets
 
@@ -270,7 +280,7 @@ def _sweep(
     full_setting_ms = trainer.latency_budgets.full_setting_ms
     common = (trainer.collector, trainer.latency_estimator)
     logger.info("Trying every static setting on training samples, to find the best one of each budget.")
-    static_samples = list(train_dataset.select(range(min(script_args.max_static_samples, len(train_dataset)))))
+    static_samples = list(take_rows(train_dataset, script_args.max_static_samples))
     baselines = baseline_policies(
         *common,
         static_samples,

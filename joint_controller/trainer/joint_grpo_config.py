@@ -192,6 +192,21 @@ class JointGRPOConfig(GRPOConfig):
                 "unset it."
             )
 
+    def check_streaming(self) -> None:
+        """
+        Refuses what cannot be done with a stream of training samples.
+
+        Raises:
+            ValueError: If `max_steps` is not set, or something is to be done at the end of epochs.
+        """
+        if self.max_steps <= 0:
+            raise ValueError("nobody knows the length of a stream: set `max_steps` to say how long to train on it.")
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) == "epoch":
+                raise ValueError(
+                    f"`{name}` is 'epoch', but nobody knows when an epoch of a stream ends: set it to 'steps'."
+                )
+
     def _check_latency_budgets(self):
         kinds = {kind: (f"latency_budget_min_{kind}", f"latency_budget_max_{kind}") for kind in ("ms", "fraction")}
         given = {kind: [name for name in names if getattr(self, name) is not None] for kind, names in kinds.items()}

@@ -8,19 +8,20 @@ tensors of that rollout (`_get_per_token_logps_and_entropies`), and those tensor
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
 from ..controller import JointControllerModel
 from ..data import draw_budget
@@ -38,6 +39,9 @@ from .rollout import FeatureCache, Sample, collect_outcomes, draw_action_noise
 logger = logging.get_logger(__name__)
 
 REQUIRED_COLUMNS = ("sample_id", "image", "question", "answers", "style", "metric")
+
+SHUFFLE_BUFFER_SIZE = 1000
+"""Rows of a stream, images encoded, that the next one is drawn from."""
 
 EVALUATION_EPOCH = 0
 """Epoch that evaluation budgets are drawn for: always the same, so that evaluations can be compared."""
@@ -128,8 +132,11 @@ class JointGRPOTrainer(GRPOTrainer):
             Gives the latency of an outcome. `None` takes the latencies that were measured with the outcomes.
         args ([`JointGRPOConfig`]):
             Configuration.
-        train_dataset ([`~datasets.Dataset`]):
-            Samples in the schema of `load_vqa_dataset`: `sample_id`, `image`, `question`, `answers`, `style`, `metric`.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Samples in the schema of `load_vqa_dataset`: `sample_id`, `image`, `question`, `answers`, `style`, `metric`. A
+            stream is read again when it ends, rows of an epoch are shuffled in a buffer of 1,000, and what does not fill a
+            rollout at the end of an epoch is left out. It needs `max_steps`; the logged `epoch` is then the share of
+            `max_steps`. Each process reads all of it, and a resumed run reads it from the beginning to where it was.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Samples to evaluate on.
         reward_funcs (`list[Callable]`, *optional*):
@@ -155,7 +162,7 @@ class JointGRPOTrainer(GRPOTrainer):
         collector: OutcomeCollector | RecordedOutcomes,
         latency_estimator: LatencyEstimatorModel | None,
         args: JointGRPOConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | IterableDataset,
         eval_dataset: Dataset | None = None,
         reward_funcs: Sequence[Callable] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -168,6 +175,8 @@ class JointGRPOTrainer(GRPOTrainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 _check_dataset(dataset, name)
+        if isinstance(train_dataset, IterableDataset):
+            args.check_streaming()
         self.latency_budgets = resolve_latency_budgets(args, collector, latency_estimator, train_dataset)
         trained = (model.config.latency_budget_min_ms, model.config.latency_budget_max_ms)
         if self.latency_budgets.minimum_ms < trained[0] or self.latency_budgets.maximum_ms > trained[1]:
@@ -253,6 +262,27 @@ class JointGRPOTrainer(GRPOTrainer):
             eval_dataset = _keep_images_encoded(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        # As TRL has it, but that epochs follow each other within the stream: to transformers, which cannot know where the
+        # stream ends, all of training is one epoch, and it skips what was trained on from that epoch's beginning.
+        epoch = self.train_dataset
+        if self.shuffle_dataset:
+            epoch = epoch.shuffle(seed=self.args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
+        epoch = repeat_iterable_dataset(
+            epoch,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+        )
+        return self._get_dataloader(
+            dataset=IterableDataset.from_generator(_repeat_epoch, gen_kwargs={"epoch": epoch}),
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            is_training=True,
+        )
+
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochRepeatSampler(
             epoch=self._current_epoch,
@@ -313,7 +343,12 @@ class JointGRPOTrainer(GRPOTrainer):
                 unique_samples[row["sample_id"]] = Sample(row)
         samples = [unique_samples[row["sample_id"]] for row in inputs]
 
-        epoch = self._current_epoch() if training else EVALUATION_EPOCH
+        if not training:
+            epoch = EVALUATION_EPOCH
+        elif isinstance(self.train_dataset, IterableDataset):
+            epoch = inputs[0]["epoch"]
+        else:
+            epoch = self._current_epoch()
         budget_of = {
             sample_id: draw_budget(
                 self.args.seed, epoch, sample_id, self.latency_budgets.minimum_ms, self.latency_budgets.maximum_ms
@@ -516,20 +551,38 @@ class JointGRPOTrainer(GRPOTrainer):
         # transformers would take one step more when a run that had ended inside an epoch is resumed.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+        else:
+            # To transformers, a stream has epochs without end.
+            self.control.should_training_stop = True
 
 
-def _check_dataset(dataset: Dataset, name: str) -> None:
+def _repeat_epoch(epoch: IterableDataset) -> Iterator[dict[str, Any]]:
+    """Rows of one epoch after the other, each with the number of its epoch, which also decides on its order."""
+    for number in itertools.count():
+        epoch.set_epoch(number)
+        has_rows = False
+        for row in epoch:
+            has_rows = True
+            yield {**row, "epoch": number}
+        if not has_rows:
+            raise ValueError(
+                "the stream of training samples has fewer rows than one rollout takes: give more, or lower "
+                "`per_device_train_batch_size` or `steps_per_generation`."
+            )
+
+
+def _check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
     missing = [column for column in REQUIRED_COLUMNS if column not in dataset.column_names]
     if missing:
         raise ValueError(
             f"`{name}` has no column {', '.join(repr(column) for column in missing)} (it has {dataset.column_names}): load "
             "it with `load_vqa_dataset`."
         )
-    if len(dataset.unique("sample_id")) != len(dataset):
+    if isinstance(dataset, Dataset) and len(dataset.unique("sample_id")) != len(dataset):
         raise ValueError(
             f"`{name}` repeats values of `sample_id`, under which outcomes are kept: give each row its own."
         )
 
 
-def _keep_images_encoded(dataset: Dataset) -> Dataset:
+def _keep_images_encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset.cast_column("image", Image(decode=False))

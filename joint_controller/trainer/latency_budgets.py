@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
+from ..data import take_rows
 from ..latency import LatencyEstimatorModel
 from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
 from .joint_grpo_config import JointGRPOConfig
@@ -12,7 +13,7 @@ from .rollout import collect_outcomes
 
 
 NUM_PROBES = 64
-"""Training samples, evenly spaced, that the latency of a setting is looked at on."""
+"""Training samples, evenly spaced (of a stream the first), that the latency of a setting is looked at on."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def resolve_latency_budgets(
     args: JointGRPOConfig,
     collector: OutcomeCollector | RecordedOutcomes,
     latency_estimator: LatencyEstimatorModel | None,
-    train_dataset: Dataset,
+    train_dataset: Dataset | IterableDataset,
 ) -> LatencyBudgetRange:
     """
     Turns the budget range of a configuration into ms and checks that it can be met. Runs the executor on 64 training
@@ -55,8 +56,8 @@ def resolve_latency_budgets(
             Gives token counts of the samples at a setting.
         latency_estimator ([`LatencyEstimatorModel`], *optional*):
             Turns settings and token counts into ms. `None` takes the latencies that were measured with the outcomes.
-        train_dataset ([`~datasets.Dataset`]):
-            Training samples, in the schema of `load_vqa_dataset`.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training samples, in the schema of `load_vqa_dataset`. Of a stream, the first 64 are looked at.
 
     Returns:
         [`LatencyBudgetRange`]
@@ -64,11 +65,14 @@ def resolve_latency_budgets(
     Raises:
         ValueError: If the lowest budget is below what the cheapest setting takes on a probed sample.
     """
-    num_probes = min(NUM_PROBES, len(train_dataset))
-    probes = list(train_dataset.select([row * len(train_dataset) // num_probes for row in range(num_probes)]))
+    if isinstance(train_dataset, IterableDataset):
+        probes = list(take_rows(train_dataset, NUM_PROBES))
+    else:
+        num_probes = min(NUM_PROBES, len(train_dataset))
+        probes = list(train_dataset.select([row * len(train_dataset) // num_probes for row in range(num_probes)]))
 
     def probed_ms(setting) -> torch.Tensor:
-        return predict_latency_ms(latency_estimator, collect_outcomes(collector, probes, [setting] * num_probes))
+        return predict_latency_ms(latency_estimator, collect_outcomes(collector, probes, [setting] * len(probes)))
 
     space = collector.knob_space
     full_setting_ms = probed_ms(space.full).mean().item()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Image
 
+from ..data import ImageError, decode_image
 from ..knobs import KnobSetting
 from ..outcomes import Outcome, OutcomeCollector, RecordedOutcomes
 
@@ -31,7 +31,10 @@ class Sample(dict):
     def __missing__(self, column: str) -> Any:
         if column != "image":
             raise KeyError(column)
-        return self.setdefault("image", Image().decode_example(self._encoded_image))
+        try:
+            return self.setdefault("image", decode_image(self._encoded_image))
+        except ImageError as error:
+            raise ValueError(f"sample '{self['sample_id']}', column 'image': {error}.") from error
 
 
 class FeatureCache:

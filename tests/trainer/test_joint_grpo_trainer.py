@@ -281,7 +281,7 @@ def test_an_image_is_decoded_only_when_it_is_looked_at(tmp_path):
     row = {"sample_id": "a", "image": {"bytes": b"not an image", "path": None}, "question": "b"}
     sample = Sample(row)
     assert sample["question"] == "b"
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="sample 'a', column 'image': the image cannot be decoded"):
         sample["image"]
     with pytest.raises(KeyError):
         sample["answers"]
