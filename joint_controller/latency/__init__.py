@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel
 
 from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
-from .fitting import fit_latency_estimator, format_model_card
+from .fit_report import format_model_card, plot_fit, report_errors
+from .fitting import cross_validate, fit_latency_estimator
 from .loading import read_latency_estimator
 from .modeling_latency_estimator import (
     LatencyEstimatorModel,
@@ -26,13 +27,16 @@ __all__ = [
     "LatencyEstimatorOutput",
     "OriginalLatencyEstimatorConfig",
     "OriginalLatencyEstimatorModel",
+    "cross_validate",
     "embedded_latency_estimator_path",
     "executor_shape",
     "fit_latency_estimator",
     "format_model_card",
     "load_profile",
     "make_profile",
+    "plot_fit",
     "profile_executor",
     "read_latency_estimator",
+    "report_errors",
     "save_profile",
 ]

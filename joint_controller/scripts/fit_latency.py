@@ -24,7 +24,10 @@ class FitLatencyArguments:
         metadata={"help": "Profile to fit to: the folder that `joint-controller profile` wrote, or its Parquet file."}
     )
     output_dir: str = field(
-        metadata={"help": "Folder for the estimator, its card (README.md) and its error (fit_report.json)."}
+        metadata={
+            "help": "Folder for the estimator, its card (README.md) and its error (fit_report.json, predicted.png, "
+            "error_by_knob.png)."
+        }
     )
     num_folds: int = field(
         default=4,
@@ -37,22 +40,25 @@ def main(args: FitLatencyArguments):
     from rich.console import Console
     from rich.table import Table
 
-    from ..latency import fit_latency_estimator, format_model_card, load_profile
+    from ..latency import cross_validate, fit_latency_estimator, format_model_card, load_profile, plot_fit
+    from ..latency.fit_report import ERROR_HEADINGS, REPORT_FILE, format_error_rows
 
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
         raise ValueError(f"`output_dir` '{output_dir}' is a file: name a folder.")
-    model, report = fit_latency_estimator(load_profile(args.profile_path), args.num_folds, args.seed)
+    profile = load_profile(args.profile_path)
+    held_out = cross_validate(profile, args.num_folds, args.seed)
+    model, report = fit_latency_estimator(profile, held_out=held_out)
     model.save_pretrained(output_dir)
     (output_dir / "README.md").write_text(format_model_card(model), encoding="utf-8")
-    (output_dir / "fit_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_fit(held_out, output_dir)
 
     table = Table(title=f"Error on {report['num_held_out']} held-out measurements (settings and inputs unseen)")
-    for heading in ("", "MAE (ms)", "MAPE", "R²"):
+    for heading in ERROR_HEADINGS:
         table.add_column(heading, justify="right" if heading else "left")
-    for label, stage in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode")):
-        errors = report[stage]
-        table.add_row(label, f"{errors['mae_ms']:.3f}", f"{errors['mape']:.1%}", f"{errors['r2']:.3f}")
+    for row in format_error_rows(report):
+        table.add_row(*row)
     Console().print(table)
     print(f"Latency estimator written to {output_dir}.")
 
