@@ -16,7 +16,8 @@ from .scenes import (
     vocabulary,
 )
 from .schema import ENCODED_FEATURES, FEATURES, SPLITS
-from .sources import SplitPart, read_source
+from .sources import read_source
+from .splits import SplitPart
 from .streaming import stream_vqa_datasets, take_rows
 
 

@@ -3,6 +3,7 @@
 from datasets import Dataset
 
 from .schema import DEFAULT_METRIC, DEFAULT_STYLE, FEATURES, check_split
+from .splits import SplitPart, select_part
 
 
 NUM_TRAIN_IMAGES = 3500
@@ -19,7 +20,7 @@ def load_easy_vqa(split: str) -> Dataset:
     Args:
         split (`str`):
             `"train"` (the questions on the package's first 3,500 training images), `"validation"` (those on its last
-            500) or `"test"` (the package's own test questions).
+            500), `"test"` (the package's own test questions), or a part of one, such as `"test[:50%]"`.
 
     Returns:
         `datasets.Dataset`: Columns as in `FEATURES`; `question_type` is `"easy_vqa_color"`, `"easy_vqa_shape"` or
@@ -28,6 +29,8 @@ def load_easy_vqa(split: str) -> Dataset:
     Raises:
         ValueError: If the split is unknown.
     """
+    part = SplitPart.parse(split)
+    split = part.name
     check_split(split)
     # Imported here: who brings data of their own needs none of it.
     import easy_vqa
@@ -50,7 +53,7 @@ def load_easy_vqa(split: str) -> Dataset:
         "metric": [DEFAULT_METRIC] * len(questions),
         "question_type": [_question_type(answer) for answer in answers],
     }
-    return Dataset.from_dict(columns, features=FEATURES)
+    return select_part(Dataset.from_dict(columns, features=FEATURES), part, "easy_vqa")
 
 
 def _question_type(answer: str) -> str:

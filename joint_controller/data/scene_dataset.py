@@ -1,11 +1,13 @@
 """Scenes as a data set: one sample is one question about one scene."""
 
 import io
+import itertools
 
 from datasets import Dataset
 
 from .scenes import generate_scene, scene_seed
 from .schema import DEFAULT_METRIC, DEFAULT_STYLE, FEATURES, check_split
+from .splits import SplitPart, is_image_in_part
 
 
 QUESTIONS_PER_SCENE = 4
@@ -20,10 +22,10 @@ def load_scenes(split: str, max_samples: int | None = None) -> Dataset:
 
     Args:
         split (`str`):
-            `"train"`, `"validation"` or `"test"`. No scene is in two splits.
+            `"train"`, `"validation"` or `"test"`, or a part of one, such as `"test[:50%]"`. No scene is in two splits.
         max_samples (`int`, *optional*):
             Number of samples; there is always a next scene. By default 4,000 for `train`, 1,000 for `validation` and
-            2,000 for `test`.
+            2,000 for `test`; of a part, those of them that are in it.
 
     Returns:
         `datasets.Dataset`: Columns as in `FEATURES`; `question_type` is one of `QUESTION_TYPES`.
@@ -31,20 +33,28 @@ def load_scenes(split: str, max_samples: int | None = None) -> Dataset:
     Raises:
         ValueError: If the split is unknown.
     """
-    check_split(split)
-    num_samples = DEFAULT_NUM_SAMPLES[split] if max_samples is None else max_samples
+    part = SplitPart.parse(split)
+    check_split(part.name)
     columns = {column: [] for column in FEATURES}
-    for index in range(-(-num_samples // QUESTIONS_PER_SCENE)):
-        scene = generate_scene(scene_seed(split, index), questions_per_scene=QUESTIONS_PER_SCENE)
+    number = 0
+    for index in itertools.count():
+        missing = DEFAULT_NUM_SAMPLES[part.name] - number
+        if max_samples is not None:
+            missing = max_samples - len(columns["sample_id"])
+        if missing <= 0:
+            break
+        scene = generate_scene(scene_seed(part.name, index), questions_per_scene=QUESTIONS_PER_SCENE)
         buffer = io.BytesIO()
         scene.image.save(buffer, format="PNG", compress_level=1)
         image = {"bytes": buffer.getvalue(), "path": None}
-        for question in scene.questions[: num_samples - len(columns["sample_id"])]:
-            columns["sample_id"].append(f"scenes/{split}/{len(columns['sample_id']):06d}")
-            columns["image"].append(image)
-            columns["question"].append(question.question)
-            columns["answers"].append([question.answer])
-            columns["style"].append(DEFAULT_STYLE)
-            columns["metric"].append(DEFAULT_METRIC)
-            columns["question_type"].append(question.question_type)
+        if part.is_whole or is_image_in_part({"image": image}, part):
+            for offset, question in enumerate(scene.questions[:missing]):
+                columns["sample_id"].append(f"scenes/{part.name}/{number + offset:06d}")
+                columns["image"].append(image)
+                columns["question"].append(question.question)
+                columns["answers"].append([question.answer])
+                columns["style"].append(DEFAULT_STYLE)
+                columns["metric"].append(DEFAULT_METRIC)
+                columns["question_type"].append(question.question_type)
+        number += len(scene.questions)
     return Dataset.from_dict(columns, features=FEATURES)

@@ -1,12 +1,10 @@
 """Where rows come from: the Hub, a folder written by `save_to_disk`, Parquet files, or a data set's official files."""
 
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,8 @@ from datasets.fingerprint import Hasher
 
 from .official_files import OFFICIAL_FILES, find_official_split, read_official_split
 from .registry import VQA_DATASETS, VQADataset
-from .schema import DEFAULT_QUESTION_TYPE, FEATURES, SPLITS
+from .schema import DEFAULT_QUESTION_TYPE, ENCODED_FEATURES, SPLITS
+from .splits import SplitPart, is_image_in_part, select_part, select_rows
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ CONVERSION_VERSION = 1
 
 ENCODED_IMAGE = Image(decode=False)
 
-SOURCE_FEATURES = Features({**FEATURES, "image": ENCODED_IMAGE, "defect": Value("string")})
+SOURCE_FEATURES = Features({**ENCODED_FEATURES, "defect": Value("string")})
 """Columns of a named data set: those of `FEATURES`, images not decoded, and `defect`: why the row cannot be used, `None`
 where it can."""
 
@@ -55,7 +54,6 @@ STREAMING_BATCH_SIZE = 16
 
 FIRST_ROWS_THREADS = 16
 
-_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
 _FILE_SPLIT = re.compile(r"(train2014|train|validation|val2014|val|testdev|test|dev)(?![A-Za-z0-9])")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
@@ -68,56 +66,6 @@ _CONVERTED_FEATURES = Features(
         _IMAGE_KEY: Value("string"),
     }
 )
-
-
-@dataclass(frozen=True)
-class SplitPart:
-    """
-    A split, or the part of it that a share of its images makes.
-
-    Args:
-        name (`str`):
-            Name of the split.
-        start (`int`, *optional*, defaults to 0):
-            Where the part begins, in percent of the images.
-        stop (`int`, *optional*, defaults to 100):
-            Where it ends.
-    """
-
-    name: str
-    start: int = 0
-    stop: int = 100
-
-    @classmethod
-    def parse(cls, split: str) -> "SplitPart":
-        """
-        Reads "train", or "train[:90%]" and the like.
-
-        Raises:
-            ValueError: If it is neither.
-        """
-        match = _SPLIT.fullmatch(split)
-        part = match and cls(match["name"], int(match["start"] or 0), int(match["stop"] or 100))
-        if not part or not 0 <= part.start < part.stop <= 100:
-            raise ValueError(
-                f"the split '{split}' is not understood: give a name such as 'train', or a part of its images, such "
-                "as 'train[:90%]' and 'train[90%:]'."
-            )
-        return part
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the part is all of the split."""
-        return (self.start, self.stop) == (0, 100)
-
-    def contains(self, image_key: str) -> bool:
-        """
-        Whether an image belongs to the part: its place in percent is the leading 53 bits of the SHA-256 of its key,
-        read as a number in [0, 1), times 100. So all questions on an image are on the same side of a boundary, in
-        every run and source.
-        """
-        digest = hashlib.sha256(image_key.encode()).digest()
-        return self.start <= 100 * (int.from_bytes(digest[:8], "big") >> 11) / 2**53 < self.stop
 
 
 def read_source(name_or_path: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
@@ -172,34 +120,6 @@ def read_source(name_or_path: str, split: str = "train", streaming: bool = False
     if role in entry.unlabelled and not any(answer and answer.strip() for answer in next(iter(rows))["answers"]):
         raise _no_answers(entry, role)
     return rows
-
-
-def select_part(dataset: Dataset, part: SplitPart, name: str) -> Dataset:
-    """
-    The rows of a data set whose images belong to a part. What names an image is its bytes, or, where a row has the path of
-    a file, the file's name.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Rows of the split `part.name`, with a column `image`.
-        part ([`SplitPart`]):
-            The part.
-        name (`str`):
-            Name of the data set in messages.
-
-    Raises:
-        ValueError: If no image belongs to the part.
-    """
-    if part.is_whole:
-        return dataset
-    images = dataset.select_columns("image").cast_column("image", ENCODED_IMAGE)
-    return _select(dataset, [row for row, image in enumerate(images) if _is_image_in_part(image, part)], part, name)
-
-
-def _select(dataset: Dataset, rows: list[int], part: SplitPart, name: str) -> Dataset:
-    if not rows:
-        raise ValueError(f"data set '{name}' has no image in the part {part.start}% to {part.stop}% of '{part.name}'.")
-    return dataset.select(rows)
 
 
 # ---- where to look --------------------------------------------------------------------------------------------------
@@ -333,7 +253,7 @@ def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | Iterabl
     if isinstance(rows, IterableDataset):
         rows = _number_streamed(rows, prefix)
         if not part.is_whole:
-            rows = rows.filter(_is_image_in_part, fn_kwargs={"part": part})
+            rows = rows.filter(is_image_in_part, fn_kwargs={"part": part})
         return rows
     if isinstance(rows.features.get("image"), Image):
         rows = rows.cast_column("image", ENCODED_IMAGE)
@@ -544,7 +464,7 @@ def _convert_table(entry: VQADataset, role: str, published: Dataset, part: Split
     images = images.cast_column("image", ENCODED_IMAGE)
     if entry.questions_column is not None:
         # Here alone images are copied, since a table has one image a row.
-        images = images.select(texts[_ROW]).flatten_indices(
+        images = images.select(texts[_ROW][:]).flatten_indices(
             cache_file_name=str(folder / f"images-{fingerprint}.arrow"),
             writer_batch_size=STREAMING_BATCH_SIZE,
             new_fingerprint=f"{fingerprint}-images",
@@ -553,13 +473,12 @@ def _convert_table(entry: VQADataset, role: str, published: Dataset, part: Split
     rows = rows.select_columns(list(SOURCE_FEATURES))
     if part.is_whole:
         return rows
-    keys = texts[_IMAGE_KEY]
     chosen = [
         row
-        for row, key in enumerate(keys)
-        if (part.contains(key) if key is not None else _is_image_in_part(images[row], part))
+        for row, key in enumerate(texts[_IMAGE_KEY][:])
+        if (part.contains(key) if key is not None else is_image_in_part(images[row], part))
     ]
-    return _select(rows, chosen, part, entry.name)
+    return select_rows(rows, chosen, part, entry.name)
 
 
 def _convert_streamed(entry: VQADataset, role: str, published: IterableDataset, part: SplitPart) -> IterableDataset:
@@ -572,8 +491,13 @@ def _convert_streamed(entry: VQADataset, role: str, published: IterableDataset, 
         fn_kwargs={"entry": entry, "role": role},
     )
     if not part.is_whole:
-        rows = rows.filter(_is_image_in_part, fn_kwargs={"part": part})
+        rows = rows.filter(_is_row_in_part, fn_kwargs={"part": part})
     return rows.select_columns(list(SOURCE_FEATURES))
+
+
+def _is_row_in_part(row: Mapping[str, Any], part: SplitPart) -> bool:
+    key = row[_IMAGE_KEY]
+    return part.contains(key) if key is not None else is_image_in_part(row, part)
 
 
 def _convert_streamed_batch(batch: Mapping[str, list[Any]], entry: VQADataset, role: str) -> dict[str, list[Any]]:
@@ -609,19 +533,6 @@ def _convert_batch(
             converted[_ROW].append(number)
             converted[_IMAGE_KEY].append(row.get("image_key"))
     return converted
-
-
-def _is_image_in_part(row: Mapping[str, Any], part: SplitPart) -> bool:
-    """By the image's key, or, where there is none, by its bytes, or by the name of its file."""
-    key = row.get(_IMAGE_KEY)
-    if key is not None:
-        return part.contains(key)
-    image = row["image"]
-    encoded = image if isinstance(image, bytes) else isinstance(image, Mapping) and image["bytes"]
-    if encoded:
-        return part.contains(hashlib.sha256(encoded).hexdigest())
-    path = image["path"] if isinstance(image, Mapping) else image
-    return part.contains(Path(path or "").name)
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from published import coco_2014_vqa_row, encoded_image, published_table, text_vqa_row
 from torch.utils.data import DataLoader
 
-from joint_controller.data import VQA_DATASETS, SplitPart, read_source
+from joint_controller.data import VQA_DATASETS, SplitPart, load_vqa_dataset, read_source
 
 
 ROWS = [text_vqa_row(number) for number in range(30)]
@@ -237,6 +237,21 @@ def test_a_share_of_the_images_is_about_that_share():
     inside = sum(SplitPart("train", 20, 50).contains(f"image {number}") for number in range(10_000))
     # Binomial: 3,000 expected, a standard deviation of 46.
     assert abs(inside - 3000) < 230
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "scenes"])
+def test_parts_of_our_own_data_sets_share_no_image(name):
+    def images(split, max_samples=None):
+        rows = load_vqa_dataset(name, split, max_samples).cast_column("image", Image(decode=False))
+        return {row["sample_id"]: row["image"]["path"] or row["image"]["bytes"] for row in rows}
+
+    whole, parts = images("validation"), [images("validation[:40%]"), images("validation[40%:]")]
+    assert {**parts[0], **parts[1]} == whole and len(parts[0]) + len(parts[1]) == len(whole)
+    assert parts[0] and parts[1] and not set(parts[0].values()) & set(parts[1].values())
+    assert len(images("validation[:40%]", 30)) == 30
+    if name == "scenes":
+        # There is always a next scene, in a part too.
+        assert len(images("validation[:40%]", 600)) == 600
 
 
 @pytest.mark.parametrize(

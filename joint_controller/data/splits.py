@@ -1,0 +1,116 @@
+"""Splits, and parts of a split that share no image."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+
+
+_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """
+    A split, or the part of it that a share of its images makes.
+
+    Args:
+        name (`str`):
+            Name of the split.
+        start (`int`, *optional*, defaults to 0):
+            Where the part begins, in percent of the images.
+        stop (`int`, *optional*, defaults to 100):
+            Where it ends.
+    """
+
+    name: str
+    start: int = 0
+    stop: int = 100
+
+    @classmethod
+    def parse(cls, split: str) -> "SplitPart":
+        """
+        Reads "train", or "train[:90%]" and the like.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        match = _SPLIT.fullmatch(split)
+        part = match and cls(match["name"], int(match["start"] or 0), int(match["stop"] or 100))
+        if not part or not 0 <= part.start < part.stop <= 100:
+            raise ValueError(
+                f"the split '{split}' is not understood: give a name such as 'train', or a part of its images, such "
+                "as 'train[:90%]' and 'train[90%:]'."
+            )
+        return part
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the part is all of the split."""
+        return (self.start, self.stop) == (0, 100)
+
+    def contains(self, image_key: str) -> bool:
+        """
+        Whether an image belongs to the part: its place in percent is the leading 53 bits of the SHA-256 of its key,
+        read as a number in [0, 1), times 100. So all questions on an image are on the same side of a boundary, in
+        every run and source.
+        """
+        digest = hashlib.sha256(image_key.encode()).digest()
+        return self.start <= 100 * (int.from_bytes(digest[:8], "big") >> 11) / 2**53 < self.stop
+
+
+def select_part(dataset: Dataset, part: SplitPart, name: str) -> Dataset:
+    """
+    The rows of a data set whose images belong to a part. What names an image is its bytes, or, where a row has the path of
+    a file, the file's name.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows of the split `part.name`, with a column `image`.
+        part ([`SplitPart`]):
+            The part.
+        name (`str`):
+            Name of the data set in messages.
+
+    Raises:
+        ValueError: If no image belongs to the part.
+    """
+    if part.is_whole:
+        return dataset
+    images = dataset.select_columns("image").cast_column("image", Image(decode=False))
+    return select_rows(dataset, [row for row, image in enumerate(images) if is_image_in_part(image, part)], part, name)
+
+
+def select_rows(dataset: Dataset, rows: Sequence[int], part: SplitPart, name: str) -> Dataset:
+    """
+    The rows of a data set that were found to be in a part.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not rows:
+        raise ValueError(f"data set '{name}' has no image in the part {part.start}% to {part.stop}% of '{part.name}'.")
+    return dataset.select(rows)
+
+
+def is_image_in_part(row: Mapping[str, Any], part: SplitPart) -> bool:
+    """
+    Whether a row's image belongs to a part, by what tells images apart: its bytes, or, where a row has the path of a file,
+    the file's name.
+
+    Args:
+        row (`dict`):
+            Has a column `image`: not decoded, or bytes, or a path.
+        part ([`SplitPart`]):
+            The part.
+    """
+    image = row["image"]
+    encoded = image if isinstance(image, bytes) else isinstance(image, Mapping) and image["bytes"]
+    if encoded:
+        return part.contains(hashlib.sha256(encoded).hexdigest())
+    path = image["path"] if isinstance(image, Mapping) else image
+    return part.contains(Path(path or "").name)
