@@ -177,6 +177,35 @@ def test_two_runs_with_one_seed_give_the_same_numbers(recipe, tmp_path):
     assert runs[0][1] == runs[1][1]
 
 
+def test_a_run_on_a_stream_ends_as_one_that_was_interrupted(recipe, folders, tmp_path):
+    data = write_data(tmp_path / "broken", with_a_corrupt_image)
+    changes = {
+        "dataset_names": [str(data)],
+        "streaming": True,
+        "skip_bad_rows": True,
+        "precompute_outcomes": None,
+        "max_steps": 32,
+        "eval_steps": 16,
+        "save_steps": 16,
+    }
+    path = recipe(**changes)
+    assert main(["train", "--config", path]) == 0
+    run = tmp_path / "run"
+    log = (run / LOG_FILE).read_text()
+    assert "a stream to train" in log
+    assert f"1 bad rows were left out: 1 of '{data}' (train)" in log
+    [listed] = [json.loads(line) for line in (run / "skipped_rows.jsonl").read_text().splitlines()]
+    assert (listed["row"], listed["sample_id"], listed["column"]) == (17, "train/17", "image")
+    whole = load_file(run / "model.safetensors")
+    for name in ("model.safetensors", "config.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoint-32")
+    assert main(["train", "--config", path, "--resume_from_checkpoint", "true"]) == 0
+    resumed = load_file(run / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert len((run / "skipped_rows.jsonl").read_text().splitlines()) == 1
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -249,6 +278,19 @@ def test_data_that_cannot_be_used(recipe, capsys, tmp_path, change, expected):
 def test_a_budget_range_that_no_setting_can_meet(recipe, capsys):
     message = error_of(capsys, ["train", "--config", recipe(latency_budget_min_ms=1.0, latency_budget_max_ms=2.0)])
     assert "no setting can meet it" in message and "latency_budget_min_ms" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"max_steps": None}, "set `max_steps`"),
+        ({"precompute_outcomes": True}, "`precompute_outcomes` answers all training samples"),
+    ],
+)
+def test_what_cannot_be_done_on_a_stream(recipe, capsys, tmp_path, change, expected):
+    path = recipe(**{"streaming": True, "precompute_outcomes": None, **change})
+    assert expected in error_of(capsys, ["train", "--config", path])
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_executor_without_a_latency_estimator(recipe, capsys):
