@@ -155,7 +155,7 @@ def test_without_a_subcommand_help_is_shown_and_a_wrong_one_is_refused(capsys):
 
 
 def test_a_missing_model_is_one_line(tmp_path, capsys):
-    flags = ["--model_path", "no/such/model", "--output_path", str(tmp_path / "importance.json")]
+    flags = ["--model_path", "no/such/model", "--output_dir", str(tmp_path / "importance")]
     assert cli.main(["importance", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("joint-controller importance: error: `model_path` 'no/such/model' does not exist")
@@ -166,7 +166,7 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINT_CONTROLLER_DEBUG", "0")  # put back afterwards: the flag sets it
     with pytest.raises(FileNotFoundError, match="no/such/model"):
-        cli.main(["--debug", "importance", "--model_path", "no/such/model", "--output_path", str(tmp_path / "x.json")])
+        cli.main(["--debug", "importance", "--model_path", "no/such/model", "--output_dir", str(tmp_path / "x")])
 
 
 @pytest.mark.parametrize("launcher", [["-m"], ["-m", "accelerate.commands.launch", "--cpu", "-m"]])

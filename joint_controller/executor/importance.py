@@ -2,17 +2,28 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .requests import ExecutorRequest
 
 
 if TYPE_CHECKING:
+    from .block_accuracy import BlockSetAccuracies
     from .molmo_executor import MolmoExecutor
+
+
+NUM_RESAMPLES = 2000
+"""Resamples of a bootstrap interval."""
+
+CONFIDENCE = 0.95
+"""Share of the resampled means that an interval covers."""
 
 
 def load_importance(path: str | Path) -> dict[int, float]:
@@ -31,29 +42,73 @@ def load_importance(path: str | Path) -> dict[int, float]:
         FileNotFoundError: If there is no such file.
         ValueError: If it does not hold scores of blocks.
     """
+    table = _read_table(path)
+    scores = table.get("scores", table)
+    if not isinstance(scores, dict) or not scores:
+        raise ValueError(f"importance file '{path}' holds no scores: {_WHAT_IS_EXPECTED}.")
+    for block, score in scores.items():
+        is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        if not block.isdecimal() or not is_number:
+            raise ValueError(f"importance file '{path}' has the entry {block!r}: {score!r}: {_WHAT_IS_EXPECTED}.")
+    return {int(block): float(score) for block, score in scores.items()}
+
+
+def load_block_sets(path: str | Path) -> dict[int, list[int]]:
+    """
+    Reads the sets of blocks that an importance file may hold beside its scores, under `"block_sets"`.
+
+    Args:
+        path (`str` or `Path`):
+            File that [`load_importance`] reads.
+
+    Returns:
+        `dict[int, list[int]]`: For each number of blocks that has a set of its own, that set. Empty for most files.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If `"block_sets"` is something else.
+    """
+    block_sets = _read_table(path).get("block_sets", {})
+    what_is_expected = 'expected number of blocks → blocks, e.g. {"4": [0, 1, 3, 4]}'
+    if not isinstance(block_sets, dict):
+        raise ValueError(f"importance file '{path}' has no object under 'block_sets': {what_is_expected}.")
+    for count, blocks in block_sets.items():
+        are_blocks = isinstance(blocks, list) and all(type(block) is int for block in blocks)
+        if not count.isdecimal() or not are_blocks:
+            raise ValueError(
+                f"importance file '{path}' has the entry {count!r}: {blocks!r} under 'block_sets': {what_is_expected}."
+            )
+    return {int(count): blocks for count, blocks in block_sets.items()}
+
+
+_WHAT_IS_EXPECTED = 'expected block → score, e.g. {"0": 0.56, "1": 0.08}'
+
+
+def _read_table(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"importance file '{path}' does not exist: measure it with `joint-controller importance`, or leave it out."
         )
-    what_is_expected = 'expected block → score, e.g. {"0": 0.56, "1": 0.08}'
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"importance file '{path}' is not valid JSON ({error}): {what_is_expected}.") from error
-    scores = table.get("scores", table) if isinstance(table, dict) else None
-    if not isinstance(scores, dict) or not scores:
-        raise ValueError(f"importance file '{path}' holds no scores: {what_is_expected}.")
-    for block, score in scores.items():
-        is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not block.isdecimal() or not is_number:
-            raise ValueError(f"importance file '{path}' has the entry {block!r}: {score!r}: {what_is_expected}.")
-    return {int(block): float(score) for block, score in scores.items()}
+        raise ValueError(f"importance file '{path}' is not valid JSON ({error}): {_WHAT_IS_EXPECTED}.") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"importance file '{path}' holds no scores: {_WHAT_IS_EXPECTED}.")
+    return table
 
 
-def save_importance(path: str | Path, scores: Mapping[int, float], provenance: Mapping[str, Any]) -> None:
+def save_importance(
+    path: str | Path,
+    scores: Mapping[int, float],
+    provenance: Mapping[str, Any],
+    standard_errors: Mapping[int, float] | None = None,
+    intervals: Mapping[int, tuple[float, float]] | None = None,
+    block_sets: Mapping[int, Sequence[int]] | None = None,
+) -> None:
     """
-    Writes the scores of blocks, and where they come from, as JSON.
+    Writes the scores of blocks, how sure they are, and where they come from, as JSON.
 
     Args:
         path (`str` or `Path`):
@@ -62,67 +117,166 @@ def save_importance(path: str | Path, scores: Mapping[int, float], provenance: M
             Score of each block.
         provenance (`dict[str, Any]`):
             How they were measured: data, seed, executor.
+        standard_errors (`dict[int, float]`, *optional*):
+            Standard error of each score.
+        intervals (`dict[int, tuple[float, float]]`, *optional*):
+            Interval of each score that has 95 % confidence.
+        block_sets (`dict[int, Sequence[int]]`, *optional*):
+            For some numbers of blocks, the set that runs instead of the blocks with the highest scores.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = {"scores": {str(block): scores[block] for block in sorted(scores)}, "provenance": dict(provenance)}
+    columns = {
+        "scores": scores,
+        "standard_errors": standard_errors,
+        "intervals_95": intervals,
+        "block_sets": block_sets,
+    }
+    table = {
+        name: {str(key): values[key] for key in sorted(values)}
+        for name, values in columns.items()
+        if values is not None
+    }
+    table["provenance"] = dict(provenance)
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def measure_importance(
-    executor: "MolmoExecutor",
-    samples: Sequence[Mapping[str, Any]],
-    score: Callable[[str, str, Sequence[str]], float],
-    progress: bool = False,
-) -> tuple[dict[int, float], float]:
+class BlockScores:
     """
-    Scores every block by the accuracy that is lost when it alone is left out, the other knobs being full. Block 0 is
-    scored too, though it always runs.
+    Scores of blocks, which are means over samples, and how sure they are.
+
+    Args:
+        values (`numpy.ndarray` of shape `(samples, blocks)`):
+            What each sample says about each block.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the bootstrap.
+
+    Attributes:
+        scores (`dict[int, float]`):
+            Score of each block.
+        standard_errors (`dict[int, float]`):
+            Standard error of each score: the standard deviation over samples (with n - 1) over √n.
+        intervals (`dict[int, tuple[float, float]]`):
+            Interval of each score that has 95 % confidence, see [`bootstrap_intervals`].
+
+    Raises:
+        ValueError: If there are fewer than 2 samples, which say nothing about confidence.
+    """
+
+    def __init__(self, values: np.ndarray, seed: int = 42):
+        self.values = values
+        self.seed = seed
+        self.intervals = dict(enumerate(map(tuple, bootstrap_intervals(values, seed).tolist())))
+        self.scores = dict(enumerate(values.mean(axis=0).tolist()))
+        errors = values.std(axis=0, ddof=1) / math.sqrt(len(values))
+        self.standard_errors = dict(enumerate(errors.tolist()))
+
+    def of_samples(self, rows: Sequence[int]) -> "BlockScores":
+        """The scores by some of the samples alone, e.g. those of one data set."""
+        return BlockScores(self.values[list(rows)], self.seed)
+
+
+def bootstrap_intervals(values: np.ndarray, seed: int = 42, num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
+    """
+    Intervals of means that have 95 % confidence, by the percentile bootstrap (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapter 13): samples are drawn with replacement, and the interval covers the middle 95 % of the means.
+    Paired: a drawn sample counts in all columns, so that columns can be compared by their differences.
+
+    Args:
+        values (`numpy.ndarray` of shape `(samples, n)`):
+            Numbers of each sample.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the draws.
+        num_resamples (`int`, *optional*, defaults to 2000):
+            How often samples are drawn.
+
+    Returns:
+        `numpy.ndarray` of shape `(n, 2)`: Lower and upper end of each column's interval.
+
+    Raises:
+        ValueError: If there are fewer than 2 samples.
+    """
+    num_samples = len(values)
+    if num_samples < 2:
+        raise ValueError(f"confidence needs 2 samples or more of each data set, but there is {num_samples}.")
+    # How often each sample is drawn, instead of which ones are: one matrix product gives all means.
+    draws = np.random.default_rng(seed).multinomial(num_samples, [1 / num_samples] * num_samples, size=num_resamples)
+    means = draws @ values / num_samples  # (resamples, n)
+    tail = (1 - CONFIDENCE) / 2
+    return np.quantile(means, (tail, 1 - tail), axis=0).T
+
+
+def measure_accuracy_drop(accuracies: "BlockSetAccuracies", seed: int = 42) -> BlockScores:
+    """
+    Scores every block by the accuracy that is lost when it alone is left out, the other knobs being full. Block 0 is scored
+    too, though it always runs.
+
+    Args:
+        accuracies ([`BlockSetAccuracies`]):
+            Measures the sets of blocks, on held-out training data.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the bootstrap.
+
+    Returns:
+        [`BlockScores`]: A score is the mean over samples of accuracy(all blocks) − accuracy(all but the block).
+    """
+    every_block = accuracies.all_blocks
+    left_out = [tuple(other for other in every_block if other != block) for block in every_block]
+    with_all, *without = accuracies.measure([every_block, *left_out], title="Leaving out each block")
+    return BlockScores((with_all - np.stack(without)).T, seed)
+
+
+@torch.inference_mode()
+def measure_hidden_change(
+    executor: "MolmoExecutor", samples: Sequence[Mapping[str, Any]], seed: int = 42, progress: bool = False
+) -> BlockScores:
+    """
+    Scores every block by how much it changes the hidden state, which one prefill of each sample tells, with all blocks and
+    the other knobs full: a proxy for the accuracy drop that needs no answers. It is the block influence of ShortGPT (Men et
+    al., 2024, arXiv:2403.03853, eq. 1), with every sample weighing the same:
+
+        score of block i = mean over samples of the mean over tokens t of 1 − x[i, t] · x[i+1, t] / (|x[i, t]| |x[i+1, t]|)
+
+    where x[i, t] is the hidden state of token t that enters block i, and x[i+1, t] the one that leaves it.
 
     Args:
         executor ([`MolmoExecutor`]):
-            Executor to measure. Its own importance scores are not used.
+            Executor to measure. Its modules run as they are, whatever its mode, one prompt at a time.
         samples (`Sequence[dict]`):
-            Rows with the columns `sample_id`, `image`, `question`, `answers`, `style` and `metric`: held-out training
-            data.
-        score (`Callable[[str, str, Sequence[str]], float]`):
-            Accuracy of an answer, given the row's metric, the answer and the reference answers, e.g.
-            [`~joint_controller.evaluation.scoring.score_answer`].
+            Rows with the columns `sample_id`, `image`, `question` and `style`. Answers are not needed.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the bootstrap.
         progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+            Whether to show a progress bar (never where the output is not a terminal).
 
     Returns:
-        `tuple[dict[int, float], float]`: Score of each block, and the accuracy with all blocks.
+        [`BlockScores`]
 
     Raises:
-        ValueError: If there are no samples, or one has no reference answers.
+        ValueError: If there are fewer than 2 samples.
     """
-    if len(samples) == 0:
-        raise ValueError("there are no samples to measure importance on: give at least one.")
-    num_blocks = executor.model.config.text_config.num_hidden_layers
     setting = executor.knob_space.full
-    left_out = [None, *range(num_blocks)]
-    correct = dict.fromkeys(left_out, 0.0)
-    with tqdm(
-        total=len(samples) * len(left_out), desc="Importance", unit="answer", disable=None if progress else True
-    ) as bar:
-        for start in range(0, len(samples), executor.batch_size):
-            rows = [samples[index] for index in range(start, min(start + executor.batch_size, len(samples)))]
-            for row in rows:
-                if not row["answers"]:
-                    raise ValueError(f"sample '{row['sample_id']}' has no reference answers: leave it out.")
-            encoded = executor.encode(
-                [
-                    ExecutorRequest(row["sample_id"], row["image"], row["question"], row["style"], setting)
-                    for row in rows
-                ],
-                setting.tier,
+    changes: list[float] = []
+
+    def measure(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        similarity = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)  # (1, L)
+        changes.append(1 - similarity.mean().item())
+
+    layers = executor.model.model.language_model.layers
+    hooks = [layer.register_forward_hook(measure) for layer in layers]
+    try:
+        for row in tqdm(samples, desc="Prefilling", unit="sample", disable=None if progress else True):
+            request = ExecutorRequest(row["sample_id"], row["image"], row["question"], row["style"], setting)
+            [encoded] = executor.encode([request], setting.tier)
+            executor.model(
+                input_ids=encoded.input_ids[None],
+                image_features=encoded.image_features[None, None],
+                image_input_idx=encoded.image_input_idx[None, None],
+                top_k=setting.top_k,
+                use_cache=False,
+                logits_to_keep=1,
             )
-            for block in left_out:
-                active_blocks = [other for other in range(num_blocks) if other != block]
-                answers = executor.generate(encoded, setting.top_k, active_blocks)
-                for row, tokens in zip(rows, answers, strict=True):
-                    correct[block] += score(row["metric"], executor.decode(tokens), row["answers"])
-                bar.update(len(rows))
-    full_accuracy = correct[None] / len(samples)
-    return {block: full_accuracy - correct[block] / len(samples) for block in range(num_blocks)}, full_accuracy
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return BlockScores(np.array(changes).reshape(len(samples), len(layers)), seed)

@@ -27,10 +27,10 @@ from transformers import BatchFeature
 
 from ..controller import JointControllerModel
 from ..knobs import KnobSetting, KnobSpace
-from ..molmo import MolmoForConditionalGeneration, MolmoProcessor
+from ..molmo import MolmoConfig, MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
 from ..molmo.processing_molmo import IMAGE_TOKENS
-from .importance import load_importance
+from .block_selection import BlockSelection
 from .inference import load_inference
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
 from .stage_clock import StageClock
@@ -41,6 +41,9 @@ EMBEDDED = "embedded"
 
 IMPORTANCE_FILE = "importance.json"
 """Name of the importance scores in a model folder."""
+
+DEFAULT_DATASET = "default"
+"""Stands for all other data sets, and for requests that are of none, where blocks are chosen by data set."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ class MolmoExecutor:
             Its processor.
         knob_space ([`KnobSpace`], *optional*):
             Values of the knobs. Defaults to [`KnobSpace.from_executor_config`] of the model's configuration.
-        importance (`dict[int, float]`, *optional*):
-            Score of each block, higher for blocks that matter more. Blocks without a score always run (tables that come
-            with published checkpoints leave out the first and the last block, which are always kept). By default, blocks
-            are dropped from the end.
+        importance (`dict[int, float]`, [`BlockSelection`] or `dict[str, BlockSelection]`, *optional*):
+            Score of each block, higher for blocks that matter more, or the choice of blocks itself; or a choice for each
+            data set, by the beginning of its sample ids (up to the first `/`: `"easy_vqa"` for
+            `"easy_vqa/train/000012"`), `"default"` for all others. By default, blocks are dropped from the end.
         max_new_tokens (`int`, *optional*, defaults to 16):
             Most tokens of an answer, the end-of-sequence token included.
         batch_size (`int`, *optional*, defaults to 16):
@@ -136,7 +139,7 @@ class MolmoExecutor:
         model: MolmoForConditionalGeneration,
         processor: MolmoProcessor,
         knob_space: KnobSpace | None = None,
-        importance: Mapping[int, float] | None = None,
+        importance: Mapping[int, float] | BlockSelection | Mapping[str, BlockSelection] | None = None,
         max_new_tokens: int = 16,
         batch_size: int = 16,
         num_workers: int = 1,
@@ -162,7 +165,7 @@ class MolmoExecutor:
         self._encoded_bytes = 0
         # Questions about one image share its features, as long as one of them is kept.
         self._features_of_image: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
-        self._block_ranking, self._num_required = self._rank_blocks(importance)
+        self._block_selections = _block_selections(importance, model.config.text_config.num_hidden_layers)
         self.knob_space = KnobSpace.from_executor_config(model.config) if knob_space is None else knob_space
 
     @classmethod
@@ -171,7 +174,7 @@ class MolmoExecutor:
         model_path: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        importance: Mapping[int, float] | str | Path | None = None,
+        importance: Mapping[int, float] | str | Path | Mapping[str, str | Path] | None = None,
         **kwargs,
     ) -> "MolmoExecutor":
         """
@@ -185,9 +188,10 @@ class MolmoExecutor:
                 Defaults to `"cuda"` where there is one, else `"cpu"`.
             dtype (`str` or `torch.dtype`, *optional*):
                 Precision. Defaults to bfloat16 on a CUDA device, else float32.
-            importance (`dict[int, float]`, `str` or `Path`, *optional*):
-                Scores of the blocks, or the JSON file that holds them. Defaults to `importance.json` in the model
-                folder, if there is one.
+            importance (`dict[int, float]`, `str`, `Path` or `dict[str, str | Path]`, *optional*):
+                Scores of the blocks, or the JSON file that holds them (and perhaps searched sets of blocks), or a file for
+                each data set, by the beginning of its sample ids, and `"default"` for all others. Defaults to
+                `importance.json` in the model folder, if there is one.
             kwargs:
                 Further arguments of [`MolmoExecutor`].
 
@@ -201,8 +205,7 @@ class MolmoExecutor:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if importance is None and (folder / IMPORTANCE_FILE).is_file():
             importance = folder / IMPORTANCE_FILE
-        if isinstance(importance, str | Path):
-            importance = load_importance(importance)
+        importance = _read_importance(importance, folder)
         model = MolmoForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
         return cls(model, MolmoProcessor.from_pretrained(folder), importance=importance, **kwargs)
 
@@ -224,24 +227,41 @@ class MolmoExecutor:
     @knob_space.setter
     def knob_space(self, knob_space: KnobSpace):
         knob_space = KnobSpace.from_executor_config(self.model.config, **knob_space.to_dict())
-        if knob_space.num_blocks[0] < self._num_required:
-            required = sorted(self._block_ranking[: self._num_required])
-            raise ValueError(
-                f"the blocks {required} always run (block 0, and blocks without an importance score), so `num_blocks` "
-                f"cannot be {knob_space.num_blocks[0]}: score more blocks, or use values of {len(required)} or more."
-            )
+        for selection in self._block_selections.values():
+            unavailable = [count for count in knob_space.num_blocks if count not in selection.counts]
+            if unavailable:
+                required = selection.required_blocks
+                raise ValueError(
+                    f"the blocks {required} always run (block 0, and blocks without an importance score), so `num_blocks` "
+                    f"cannot be {unavailable[0]}: score more blocks, or use values of {len(required)} or more."
+                )
         self._knob_space = knob_space
         self._encoded.clear()
         self._encoded_bytes = 0
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that an outcome depends on but sample and setting: weights, configuration, order of the
+        """SHA-256 of everything that an outcome depends on but sample and setting: weights, configuration, choice of the
         blocks, crops of the tiers, processor, `max_new_tokens` and precision."""
-        num_blocks = self.model.config.text_config.num_hidden_layers
+        active_blocks = {
+            dataset: [selection.active_blocks(n) for n in selection.counts]
+            for dataset, selection in self._block_selections.items()
+        }
+        is_same_for_all = list(active_blocks) == [DEFAULT_DATASET]
+        return self._digest_with(
+            {"active_blocks": active_blocks[DEFAULT_DATASET] if is_same_for_all else active_blocks}
+        )
+
+    @property
+    def model_fingerprint(self) -> str:
+        """SHA-256 of everything that an answer depends on but sample, setting and blocks: [`~MolmoExecutor.fingerprint`]
+        without the choice of the blocks."""
+        return self._digest_with({})
+
+    def _digest_with(self, more: Mapping[str, Any]) -> str:
         parts = {
+            **more,
             "model": self._model_digest,
-            "active_blocks": [self.active_blocks(n) for n in range(self._num_required, num_blocks + 1)],
             "tier_crops": self.knob_space.to_dict()["tier_crops"],
             "image_processor": self.processor.image_processor.to_dict(),
             "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
@@ -259,36 +279,28 @@ class MolmoExecutor:
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _rank_blocks(self, importance: Mapping[int, float] | None) -> tuple[list[int], int]:
-        """Blocks in the order in which they are switched on, and how many of them always run."""
-        num_blocks = self.model.config.text_config.num_hidden_layers
-        if importance is None:
-            return list(range(num_blocks)), 1
-        unknown = sorted(block for block in importance if not 0 <= block < num_blocks)
-        if unknown:
-            raise ValueError(
-                f"the importance scores name the blocks {unknown} but the executor has the blocks 0 to "
-                f"{num_blocks - 1}: use the scores of this checkpoint."
-            )
-        required = [block for block in range(num_blocks) if block == 0 or block not in importance]
-        optional = [block for block in range(num_blocks) if block not in required]
-        optional.sort(key=lambda block: (-importance[block], block))
-        return required + optional, len(required)
-
-    def active_blocks(self, num_blocks: int) -> list[int]:
+    def active_blocks(self, num_blocks: int, sample_id: str | None = None) -> list[int]:
         """
-        Blocks that run when `num_blocks` do, ascending: block 0 and those without an importance score, then those with
-        the highest scores (the earlier one on a tie). With no scores at all, the first `num_blocks`.
+        Blocks that run when `num_blocks` do, ascending: see [`BlockSelection`].
+
+        Args:
+            num_blocks (`int`):
+                How many.
+            sample_id (`str`, *optional*):
+                Sample that is answered. Only makes a difference where blocks are chosen by data set.
 
         Raises:
-            ValueError: If the executor cannot run with that many blocks.
+            ValueError: If the executor cannot run with that many blocks, or has no choice of blocks for the sample.
         """
-        if not self._num_required <= num_blocks <= len(self._block_ranking):
+        dataset = DEFAULT_DATASET if sample_id is None else sample_id.split("/")[0]
+        selection = self._block_selections.get(dataset) or self._block_selections.get(DEFAULT_DATASET)
+        if selection is None:
             raise ValueError(
-                f"`num_blocks` is {num_blocks}, but the executor can run {self._num_required} to "
-                f"{len(self._block_ranking)} blocks."
+                f"blocks are chosen for samples of {list(self._block_selections)}, and "
+                f"{'none is named' if sample_id is None else repr(sample_id) + ' is of none of them'}: give importance "
+                f"scores for '{DEFAULT_DATASET}', too."
             )
-        return sorted(self._block_ranking[:num_blocks])
+        return selection.active_blocks(num_blocks)
 
     @torch.inference_mode()
     def question_features(self, questions: Sequence[str]) -> torch.Tensor:
@@ -512,19 +524,20 @@ class MolmoExecutor:
     ) -> Iterator[dict[int, ExecutorOutput]]:
         """Answers the requests at the given positions, all of one tier, and yields the outputs of each batch."""
         encoded = dict(zip(positions, self.encode([requests[p] for p in positions], tier), strict=True))
-        by_setting: dict[KnobSetting, list[int]] = {}
+        by_setting: dict[tuple[KnobSetting, tuple[int, ...]], list[int]] = {}
         # Prompts of similar length share a batch: little padding.
         for position in sorted(positions, key=lambda p: len(encoded[p].input_ids)):
-            by_setting.setdefault(requests[position].setting, []).append(position)
-        by_top_k: dict[int, list[tuple[KnobSetting, list[int]]]] = {}
-        for setting, members in by_setting.items():
+            request = requests[position]
+            active_blocks = tuple(self.active_blocks(request.setting.num_blocks, request.sample_id))
+            by_setting.setdefault((request.setting, active_blocks), []).append(position)
+        by_top_k: dict[int, list[tuple[KnobSetting, tuple[int, ...], list[int]]]] = {}
+        for (setting, active_blocks), members in by_setting.items():
             batches = _split(members, self.batch_size)
-            by_top_k.setdefault(setting.top_k, []).extend((setting, batch) for batch in batches)
+            by_top_k.setdefault(setting.top_k, []).extend((setting, active_blocks, batch) for batch in batches)
 
-        def answer(task: tuple[KnobSetting, list[int]]) -> list[list[int]]:
-            setting, batch = task
-            prompts = [encoded[position] for position in batch]
-            return self.generate(prompts, setting.top_k, self.active_blocks(setting.num_blocks))
+        def answer(task: tuple[KnobSetting, tuple[int, ...], list[int]]) -> list[list[int]]:
+            setting, active_blocks, batch = task
+            return self.generate([encoded[position] for position in batch], setting.top_k, active_blocks)
 
         for top_k, tasks in by_top_k.items():
             # The modules' routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
@@ -532,7 +545,7 @@ class MolmoExecutor:
                 self.model.model.language_model.experts_per_token(top_k),
                 ThreadPoolExecutor(self.num_workers) as pool,
             ):
-                for (setting, batch), answers in zip(tasks, pool.map(answer, tasks), strict=True):
+                for (setting, _, batch), answers in zip(tasks, pool.map(answer, tasks), strict=True):
                     yield {
                         position: ExecutorOutput(
                             sample_id=requests[position].sample_id,
@@ -614,7 +627,7 @@ class MolmoExecutor:
             for logits in controller.stage2(vision, question, budget, tier_index):
                 logits.argmax(dim=-1).tolist()
         clock.mark()
-        active_blocks = self.active_blocks(request.setting.num_blocks)
+        active_blocks = self.active_blocks(request.setting.num_blocks, request.sample_id)
         decoding = self._inference.prefill(self._collate([encoded]), request.setting.top_k, active_blocks)
         clock.mark()
         for _ in range(self.max_new_tokens - 1 if decode_steps is None else decode_steps):
@@ -634,6 +647,32 @@ class MolmoExecutor:
             output_tokens=1 + len(decode_ms),
             num_views=encoded.num_views,
         )
+
+
+def _block_selections(
+    importance: Mapping[int, float] | BlockSelection | Mapping[str, BlockSelection] | None, num_layers: int
+) -> dict[str, BlockSelection]:
+    """The choice of blocks for each data set."""
+    if importance is None or isinstance(importance, BlockSelection):
+        return {DEFAULT_DATASET: importance or BlockSelection(num_layers)}
+    if importance and all(isinstance(selection, BlockSelection) for selection in importance.values()):
+        return dict(importance)
+    return {DEFAULT_DATASET: BlockSelection(num_layers, importance)}
+
+
+def _read_importance(
+    importance: Mapping[int, float] | str | Path | Mapping[str, str | Path] | None, folder: Path
+) -> Mapping[int, float] | BlockSelection | Mapping[str, BlockSelection] | None:
+    """Reads the files that importance scores of the model in `folder` are given as."""
+    if importance is None:
+        return None
+
+    def read(path: str | Path) -> BlockSelection:
+        return BlockSelection.from_file(path, MolmoConfig.from_pretrained(folder).text_config.num_hidden_layers)
+
+    if isinstance(importance, str | Path):
+        return read(importance)
+    return {key: read(value) if isinstance(value, str | Path) else value for key, value in importance.items()}
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

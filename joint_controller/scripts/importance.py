@@ -1,97 +1,365 @@
-"""Scores the executor's blocks by what leaving each of them out costs, on held-out training data."""
+"""
+Scores the executor's blocks, and searches for the blocks that can be left out together.
+
+```bash
+joint-controller importance --config recipes/embedded_executor/importance.yaml
+joint-controller importance --config recipes/embedded_executor/search_blocks.yaml
+```
+"""
 
 import datetime
+import json
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from ..evaluation.scoring import score_answer
-from ..executor import MolmoExecutor, measure_importance, save_importance
+from ..version import __version__
 from . import ScriptParser, run_script
-from .data_arguments import DatasetArguments, load_split, open_skipped_rows
+from .data_arguments import DatasetArguments, open_skipped_rows
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..data import SkippedRows
+    from ..executor import BlockScores, BlockSetAccuracies, MolmoExecutor
+
+
+IMPORTANCE = "importance"
+HIDDEN_CHANGE = "hidden_change"
+SEARCHED_FILE = "searched_blocks.json"
+COMPARISON = "comparison"
+ACCURACIES = "accuracies"
+ALL = "all"
+
+METHODS = {
+    IMPORTANCE: "accuracy lost when the block is left out, other knobs full",
+    HIDDEN_CHANGE: "change of the hidden state: mean over tokens of 1 - cosine similarity of the block's input and output "
+    "(block influence, Men et al., 2024, arXiv:2403.03853)",
+}
+
+DESCRIPTION = f"""
+Scores every block by the accuracy that leaving it out costs ({IMPORTANCE}.json), and by how much it changes the hidden
+state, which needs no answers ({HIDDEN_CHANGE}.json); on all samples and on those of each data set
+({IMPORTANCE}_DATASET.json, ...), each with its standard error and a 95 % interval. Any of these files serves other
+commands as `--importance_path`, and a model folder as its importance.json.
+
+With `--beam_width`, searches for the sets of blocks that do best together, and compares them on another split with blocks
+by either score, the first blocks, and random ones: {COMPARISON}.md, .json and .png, and {SEARCHED_FILE}, which serves as
+`--importance_path`, too: at the numbers of blocks that were searched, its sets run instead of the highest scores.
+
+Answers are kept in {ACCURACIES}/ as they come: after an interruption, the same command goes on.
+"""
 
 
 @dataclass(kw_only=True)
 class ImportanceArguments(DatasetArguments):
     """
     Arguments of `joint-controller importance`, beside those of [`DatasetArguments`].
-
-    Args:
-        output_path (`str`):
-            JSON file to write.
-        model_path (`str`, *optional*, defaults to `"embedded"`):
-            The executor.
-        dataset_split (`str`, *optional*, defaults to `"validation"`):
-            Split of the data sets.
-        max_samples (`int`, *optional*, defaults to 1000):
-            Samples to measure on.
-        max_new_tokens (`int`, *optional*, defaults to 16):
-            Most tokens of an answer.
-        batch_size (`int`, *optional*, defaults to 32):
-            Most prompts that are answered at once.
-        seed (`int`, *optional*, defaults to 42):
-            Chooses the samples.
     """
 
-    output_path: str = field(metadata={"help": "JSON file to write the scores to. Must not exist."})
+    output_dir: str = field(default="", metadata={"help": "Folder for scores, report and answers. Required."})
     model_path: str = field(
         default="embedded",
         metadata={"help": "Model folder or Hub repository of the executor; 'embedded' is the one that ships here."},
     )
     dataset_split: str = field(
         default="validation",
-        metadata={"help": "Split of the data sets. Training data held out, not the test split: scores set the knobs."},
+        metadata={
+            "help": "Split to score and search on. Training data held out, not the test split: scores set the knobs."
+        },
     )
-    max_samples: int = field(default=1000, metadata={"help": "Samples to measure on."})
+    max_samples: int = field(default=1000, metadata={"help": "Samples to score and search on, of all data sets."})
     max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer."})
     batch_size: int = field(default=32, metadata={"help": "Most prompts that are answered at once."})
-    seed: int = field(default=42, metadata={"help": "Seed that chooses the samples."})
+    beam_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "Search for sets of blocks: sets of each size that are followed while blocks are left out one after "
+            "another. 1 is a greedy search. Default: no search and no comparison."
+        },
+    )
+    num_blocks_values: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers of blocks to search sets for and to compare at. Default: those of the executor's "
+            "configuration, but the largest."
+        },
+    )
+    comparison_split: str = field(
+        default="test", metadata={"help": "Split on which the search is compared. Not that of the search."}
+    )
+    max_comparison_samples: int = field(default=1000, metadata={"help": "Samples to compare on, of all data sets."})
+    num_random_sets: int = field(default=20, metadata={"help": "Random sets of each size in the comparison."})
+    seed: int = field(
+        default=42, metadata={"help": "Seed of the samples, of the random sets and of the bootstrap intervals."}
+    )
 
 
 def make_parser() -> ScriptParser:
-    return ScriptParser([ImportanceArguments])
+    return ScriptParser([ImportanceArguments], description=DESCRIPTION)
 
 
-def main(args: ImportanceArguments) -> dict[int, float]:
-    """Measures and writes the scores. Returns the score of each block."""
-    output_path = Path(args.output_path)
-    if output_path.exists():
-        raise FileExistsError(f"`output_path` '{output_path}' exists: choose another path, or delete the file first.")
+@dataclass
+class MeasuredSplit:
+    """
+    The samples of a split, and what is known of the executor's blocks on them.
+
+    Args:
+        split (`str`):
+            The split.
+        samples (`datasets.Dataset`):
+            Its samples.
+        rows_of (`dict[str, range]`):
+            Rows of each data set's samples.
+        accuracies ([`BlockSetAccuracies`]):
+            Accuracy of sets of blocks on the samples.
+    """
+
+    split: str
+    samples: "Dataset"
+    rows_of: dict[str, range]
+    accuracies: "BlockSetAccuracies"
+
+    def full_accuracies(self) -> dict[str, float]:
+        """Accuracy of all blocks, on each data set and on all of them."""
+        [measured] = self.accuracies.measure([self.accuracies.all_blocks])
+        return {ALL: float(measured.mean())} | {
+            name: float(measured[rows].mean()) for name, rows in self.rows_of.items()
+        }
+
+
+def main(args: ImportanceArguments) -> None:
+    """Measures, searches and compares, and writes what was found."""
+    from rich.console import Console
+
+    from ..executor import (
+        MolmoExecutor,
+        max_sets_searched,
+        measure_accuracy_drop,
+        measure_hidden_change,
+        search_blocks,
+    )
+
+    output_dir = Path(args.output_dir)
+    _check(args, output_dir)
     executor = MolmoExecutor.from_pretrained(
         args.model_path, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
     )
-    skipped_rows = open_skipped_rows(args, output_path.parent)
-    dataset = load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows)
-    scores, accuracy = measure_importance(executor, dataset, score_answer, progress=True)
-    provenance = {
-        "method": "accuracy lost when the block is left out, other knobs full",
-        "dataset_names": args.dataset_names,
-        "dataset_weights": args.dataset_weights,
-        "dataset_split": args.dataset_split,
-        "num_samples": len(dataset),
-        "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens,
-        "accuracy": accuracy,
-        "executor": args.model_path,
-        "executor_fingerprint": executor.fingerprint,
-        "date": datetime.date.today().isoformat(),
-    }
-    save_importance(output_path, scores, provenance)
-
-    table = Table(title=f"Accuracy with all blocks: {accuracy:.3f} ({len(dataset)} samples)", title_justify="left")
-    table.add_column("block", justify="right")
-    table.add_column("accuracy lost without it", justify="right")
-    for block in sorted(scores, key=scores.get, reverse=True):
-        table.add_row(str(block), f"{scores[block]:+.4f}")
+    counts = _counts_to_search(args, executor)
     console = Console()
+    skipped_rows = open_skipped_rows(args, output_dir)
+    scored = _load(args, executor, args.dataset_split, args.max_samples, skipped_rows)
+    num_layers = scored.accuracies.num_layers
+    num_answers = (1 + num_layers) * len(scored.samples)
+    if counts:
+        # Loaded now: what is wrong with it should not come to light after the search.
+        held_out = _load(args, executor, args.comparison_split, args.max_comparison_samples, skipped_rows)
+        num_answers += max_sets_searched(num_layers, min(counts), args.beam_width) * len(scored.samples)
+        num_answers += (1 + (4 + args.num_random_sets) * len(counts)) * len(held_out.samples)
     if skipped_rows:
         console.print(skipped_rows.summary())
-    console.print(table)
-    console.print(f"Scores are in '{output_path}'. An executor folder takes them as its importance.json.")
-    return scores
+    console.print(
+        f"This takes {'at most ' if counts else ''}{num_answers} answers and {len(scored.samples)} prefills."
+    )
+
+    scores = {
+        HIDDEN_CHANGE: measure_hidden_change(executor, scored.samples, args.seed, progress=True),
+        IMPORTANCE: measure_accuracy_drop(scored.accuracies, args.seed),
+    }
+    searched = search_blocks(scored.accuracies, counts, args.beam_width) if counts else None
+    if searched:
+        _compare(args, executor, held_out, scores, searched, console)
+    _save_scores(args, executor, scored, scores, searched)
+    console.print(_format_scores(scores, scored))
+    file = SEARCHED_FILE if searched else f"{IMPORTANCE}.json"
+    console.print(f"What was found is in '{output_dir}'. To use it: `--importance_path {output_dir / file}`.")
+
+
+def _check(args: ImportanceArguments, output_dir: Path) -> None:
+    if not args.output_dir:
+        raise ValueError("`--output_dir` is missing.")
+    for name in (f"{IMPORTANCE}.json", SEARCHED_FILE, f"{COMPARISON}.json"):
+        if (output_dir / name).exists():
+            raise FileExistsError(
+                f"'{output_dir / name}' exists: name another `output_dir`, or delete the file (answers in {ACCURACIES}/ "
+                "are used again)."
+            )
+    if args.beam_width is None:
+        if args.num_blocks_values is not None:
+            raise ValueError("`num_blocks_values` is for a search: give `beam_width`, too.")
+        return
+    if args.beam_width < 1:
+        raise ValueError(f"`beam_width` is {args.beam_width}: give 1 (a greedy search) or more.")
+    if args.num_random_sets < 2:
+        raise ValueError(f"`num_random_sets` is {args.num_random_sets}: their spread needs 2 or more.")
+    if args.comparison_split == args.dataset_split:
+        raise ValueError(
+            f"`comparison_split` and `dataset_split` are both '{args.dataset_split}': compare on samples that the search "
+            "has not seen."
+        )
+
+
+def _counts_to_search(args: ImportanceArguments, executor: "MolmoExecutor") -> list[int]:
+    """Numbers of blocks to search sets for, ascending; none without a search."""
+    if args.beam_width is None:
+        return []
+    num_layers = executor.model.config.text_config.num_hidden_layers
+    given = args.num_blocks_values or executor.knob_space.num_blocks
+    counts = sorted({count for count in given if count != num_layers})
+    if not counts or not 1 <= counts[0] <= counts[-1] < num_layers:
+        raise ValueError(
+            f"`num_blocks_values` is {list(given)}: there is something to search for from 1 to {num_layers - 1} blocks."
+        )
+    return counts
+
+
+def _load(
+    args: ImportanceArguments,
+    executor: "MolmoExecutor",
+    split: str,
+    max_samples: int,
+    skipped_rows: "SkippedRows | None",
+) -> MeasuredSplit:
+    """The samples of a split, data set by data set, so that each can have scores of its own."""
+    from datasets import concatenate_datasets
+
+    from ..data.loading import load_vqa_parts
+    from ..evaluation.scoring import check_metrics, score_answer
+    from ..executor import BlockSetAccuracies
+
+    parts = load_vqa_parts(args.dataset_names, split, max_samples, args.seed, args.dataset_weights, skipped_rows)
+    rows_of, start = {}, 0
+    for name, part in parts.items():
+        if len(part) < 2:
+            raise ValueError(
+                f"there is {len(part)} sample of '{name}' in '{split}': confidence needs 2 of each data set, raise the number "
+                "of samples."
+            )
+        rows_of[name] = range(start, start + len(part))
+        start += len(part)
+    samples = concatenate_datasets(list(parts.values()))
+    check_metrics(samples.unique("metric"))
+    store = Path(args.output_dir) / ACCURACIES
+    accuracies = BlockSetAccuracies(executor, samples, score_answer, store, progress=True)
+    return MeasuredSplit(split, samples, rows_of, accuracies)
+
+
+def _compare(
+    args: ImportanceArguments,
+    executor: "MolmoExecutor",
+    held_out: MeasuredSplit,
+    scores: "Mapping[str, BlockScores]",
+    searched: Mapping[int, Sequence[int]],
+    console: "Console",
+) -> None:
+    """Compares what was searched and scored on other samples, and writes and shows the comparison."""
+    from ..evaluation.block_comparison import (
+        compare_block_selections,
+        comparison_to_dict,
+        draw_comparison,
+        format_comparison_markdown,
+        format_comparison_table,
+    )
+    from ..executor import BlockSelection
+
+    selections = {"search": searched}
+    for method, name in ((IMPORTANCE, "accuracy drop"), (HIDDEN_CHANGE, "hidden change")):
+        by_score = BlockSelection(held_out.accuracies.num_layers, scores[method].scores)
+        selections[name] = {count: by_score.active_blocks(count) for count in searched}
+    rows = compare_block_selections(
+        held_out.accuracies, selections, list(searched), held_out.rows_of, args.num_random_sets, args.seed
+    )
+    full = held_out.full_accuracies()
+    provenance = _provenance(args, executor, held_out.split, held_out.rows_of) | {
+        "searched_on": args.dataset_split,
+        "beam_width": args.beam_width,
+        "num_random_sets": args.num_random_sets,
+    }
+    output_dir = Path(args.output_dir)
+    title = f"Blocks of {args.model_path}, chosen on '{args.dataset_split}' and compared on '{held_out.split}'"
+    comparison = json.dumps(comparison_to_dict(rows, full, provenance), indent=2)
+    (output_dir / f"{COMPARISON}.json").write_text(comparison + "\n", encoding="utf-8")
+    markdown = format_comparison_markdown(rows, full, title, picture=f"{COMPARISON}.png")
+    (output_dir / f"{COMPARISON}.md").write_text(markdown, encoding="utf-8")
+    draw_comparison(rows, full, output_dir / f"{COMPARISON}.png")
+    console.print(format_comparison_table(rows, f"{title}. All blocks: {full[ALL]:.3f}"))
+
+
+def _save_scores(
+    args: ImportanceArguments,
+    executor: "MolmoExecutor",
+    scored: MeasuredSplit,
+    scores: "Mapping[str, BlockScores]",
+    searched: Mapping[int, Sequence[int]] | None,
+) -> None:
+    from ..executor import save_importance
+
+    full = scored.full_accuracies()
+
+    def save(file: str, method: str, dataset: str, block_sets: Mapping[int, Sequence[int]] | None = None) -> None:
+        rows_of = scored.rows_of if dataset == ALL else {dataset: scored.rows_of[dataset]}
+        found = scores[method].of_samples([row for rows in rows_of.values() for row in rows])
+        provenance = _provenance(args, executor, scored.split, rows_of)
+        provenance |= {"method": METHODS[method], "accuracy": full[dataset]}
+        if block_sets is not None:
+            provenance |= {"block_sets": "beam search for the most accurate sets", "beam_width": args.beam_width}
+        save_importance(
+            Path(args.output_dir) / file, found.scores, provenance, found.standard_errors, found.intervals, block_sets
+        )
+
+    for method in scores:
+        for dataset in scored.rows_of:
+            save(f"{method}_{_file_name(dataset)}.json", method, dataset)
+        save(f"{method}.json", method, ALL)
+    if searched is not None:
+        save(SEARCHED_FILE, IMPORTANCE, ALL, searched)
+
+
+def _file_name(dataset: str) -> str:
+    """What stands for a data set in the name of a file: `"text_vqa=some/folder"` becomes `"text_vqa"`."""
+    return re.sub(r"[^\w.-]+", "_", dataset.split("=")[0]).strip("_")
+
+
+def _provenance(
+    args: ImportanceArguments, executor: "MolmoExecutor", split: str, rows_of: Mapping[str, range]
+) -> dict[str, Any]:
+    return {
+        "num_samples": {name: len(rows) for name, rows in rows_of.items()},
+        "dataset_split": split,
+        "seed": args.seed,
+        "setting": executor.knob_space.full.to_dict(),
+        "max_new_tokens": args.max_new_tokens,
+        "executor": args.model_path,
+        "executor_fingerprint": executor.model_fingerprint,
+        "executor_mode": executor.mode,
+        "joint_controller_version": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _format_scores(scores: "Mapping[str, BlockScores]", scored: MeasuredSplit) -> "Table":
+    from rich.table import Table
+
+    accuracy, samples = scored.full_accuracies()[ALL], len(scored.samples)
+    table = Table(title=f"Accuracy with all blocks: {accuracy:.3f} ({samples} samples)", title_justify="left")
+    for heading in ("block", "accuracy drop", "95 %", "hidden change", "95 %"):
+        table.add_column(heading, justify="right")
+    drop, change = scores[IMPORTANCE], scores[HIDDEN_CHANGE]
+    for block in sorted(drop.scores, key=drop.scores.get, reverse=True):
+        table.add_row(
+            str(block),
+            f"{drop.scores[block]:+.3f}",
+            "[{:+.3f}, {:+.3f}]".format(*drop.intervals[block]),
+            f"{change.scores[block]:.3f}",
+            "[{:.3f}, {:.3f}]".format(*change.intervals[block]),
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_profile_and_fit_latency(tmp_path):
 
 
 def test_every_recipe_is_run_by_a_test():
-    """`train.yaml` is run in test_train_executor.py, `importance.yaml` in test_importance_script.py."""
+    """`train.yaml` is run in test_train_executor.py, those of blocks in test_importance_script.py."""
     assert {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} == {
         "accelerate_configs/multi_gpu.yaml",
         "easy_vqa/grpo.yaml",
@@ -81,5 +81,6 @@ def test_every_recipe_is_run_by_a_test():
         "embedded_executor/fit_latency.yaml",
         "embedded_executor/importance.yaml",
         "embedded_executor/profile.yaml",
+        "embedded_executor/search_blocks.yaml",
         "embedded_executor/train.yaml",
     }
