@@ -131,17 +131,17 @@ def _parse_name(name_or_path: str) -> tuple[VQADataset | None, Path | None]:
         return VQA_DATASETS[name_or_path], None
     name, equals, path = name_or_path.partition("=")
     if equals and name in VQA_DATASETS:
-        if not Path(path).exists():
+        if not Path(path).expanduser().exists():
             raise ValueError(f"there is no file or folder '{path}' for data set '{name}'.")
-        return VQA_DATASETS[name], Path(path)
-    if not Path(name_or_path).exists():
+        return VQA_DATASETS[name], Path(path).expanduser()
+    if not Path(name_or_path).expanduser().exists():
         unknown = f" ('{name}' is no known name)" if equals else ""
         raise ValueError(
             f"there is no data set '{name_or_path}'{unknown}: give 'easy_vqa', 'scenes', one of {list(VQA_DATASETS)} "
             "(from the Hub), '<name>=<path>' for one of these in a local folder, or the path of a folder written by "
             "`save_to_disk`, of a Parquet file, or of a folder of Parquet files."
         )
-    return None, Path(name_or_path)
+    return None, Path(name_or_path).expanduser()
 
 
 def _describe_splits(entry: VQADataset) -> str:
@@ -181,7 +181,9 @@ def _read_hub(entry: VQADataset, role: str, streaming: bool) -> Dataset | Iterab
         if not streaming:
             return load_dataset(repository, configuration, split=published)
         builder = load_dataset_builder(repository, configuration)
-        return _stream_parquet(list(builder.config.data_files[published]), list(entry.columns), entry.columns)
+        return _stream_parquet(builder.config.data_files[published], f"'{repository}' on the Hub", entry, role)
+    except _PublishedSchemaError:
+        raise
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
             f"data set '{entry.name}' cannot be read from '{repository}' on the Hub ({_one_line(error)}): without a "
@@ -317,45 +319,48 @@ def _load_parquet(
     """Reads Parquet files: of a named data set the columns that are needed, else all."""
     names = [str(file) for file in files]
     try:
-        schema = Features.from_arrow_schema(pq.read_schema(names[0]))
-        if entry is not None:
-            _check_published(entry, role, schema, f"'{path}'")
-        columns = None if entry is None else list(entry.columns)
         if streaming:
-            return _stream_parquet(names, columns, schema)
-        return Dataset.from_parquet(names, columns=columns)
-    except (OSError, DatasetGenerationError) as error:
-        raise _unreadable(path, error) from error
+            return _stream_parquet(names, f"'{path}'", entry, role)
+        if entry is None:
+            return Dataset.from_parquet(names)
+        _check_published(entry, role, _read_features(names[0]), f"'{path}'")
+        return Dataset.from_parquet(names, columns=list(entry.columns))
+    except _PublishedSchemaError:
+        raise
     # A ValueError is what `datasets` and Arrow raise for files without rows and for files that are no Parquet.
-    except ValueError as error:
-        if isinstance(error, _PublishedSchemaError):
-            raise
-        raise _unreadable(path, error) from error
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"data set '{path}' cannot be read ({_one_line(error)}): its Parquet files must be whole, hold rows and "
+            "have one schema."
+        ) from error
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"data set '{path}' cannot be read ({_one_line(error)}): its Parquet files must be whole, hold rows and have "
-        "one schema."
-    )
-
-
-def _stream_parquet(files: Sequence[str], columns: list[str] | None, schema: Features) -> IterableDataset:
+def _stream_parquet(
+    files: Sequence[str], where: str, entry: VQADataset | None = None, role: str | None = None
+) -> IterableDataset:
     """
     Rows of Parquet files, local or on the Hub, as they are asked for, with their number in the split: it is their own,
     whichever process reads a file, and in whichever order.
     """
+    features = _read_features(files[0])
+    if entry is not None:
+        _check_published(entry, role, features, where)
+        features = {column: features[column] for column in entry.columns}
     with ThreadPoolExecutor(FIRST_ROWS_THREADS) as pool:
         num_rows = list(pool.map(_count_rows, files))
     if not sum(num_rows):
         raise ValueError("there are no rows")
     first_rows = [sum(num_rows[:index]) for index in range(len(files))]
-    features = {name: _undecoded(feature) for name, feature in schema.items() if columns is None or name in columns}
     return IterableDataset.from_generator(
         _iterate_parquet,
-        features=Features({**features, _ROW: Value("int64")}),
+        features=Features({**{name: _undecoded(feature) for name, feature in features.items()}, _ROW: Value("int64")}),
         gen_kwargs={"files": list(files), "first_rows": first_rows, "columns": tuple(features)},
     )
+
+
+def _read_features(file: str) -> Features:
+    with fsspec.open(file) as opened:
+        return Features.from_arrow_schema(pq.read_schema(opened))
 
 
 def _undecoded(feature: Any) -> Any:
@@ -396,7 +401,7 @@ class _PublishedSchemaError(ValueError):
     pass
 
 
-def _check_published(entry: VQADataset, role: str, features: Mapping[str, Any], where: str) -> None:
+def _check_published(entry: VQADataset, role: str | None, features: Mapping[str, Any], where: str) -> None:
     """Refuses a table that does not have the published columns."""
     for column, expected in entry.columns.items():
         if column not in features:
