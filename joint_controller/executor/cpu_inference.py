@@ -9,6 +9,7 @@ end to end, so that padding costs nothing and no prompt sees another.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -99,8 +100,20 @@ class CpuInference:
         return self.vision(pixel_values[0].float(), image_masks[0].float())
 
     @torch.inference_mode()
-    def prefill(self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]) -> "CpuDecoding":
-        self.model.model.check_knobs(active_blocks, top_k)
+    def prefill(
+        self,
+        prompts: Mapping[str, torch.Tensor],
+        top_k: int | Sequence[int],
+        active_blocks: Sequence[int] | Sequence[Sequence[int]],
+    ) -> "CpuDecoding":
+        """
+        As [`Inference.prefill`], and each row of a batch may have a `top_k` and `active_blocks` of its own.
+        """
+        num_prompts = len(prompts["input_ids"])
+        top_k = [top_k] * num_prompts if isinstance(top_k, int) else top_k
+        active_blocks = [active_blocks] * num_prompts if isinstance(active_blocks[0], int) else active_blocks
+        for number, blocks in zip(top_k, active_blocks, strict=True):
+            self.model.model.check_knobs(blocks, number)
         return CpuDecoding(self, prompts, top_k, active_blocks)
 
 
@@ -190,25 +203,37 @@ class _Block:
         query, key, value = (states.unflatten(-1, (-1, self.head_size)) for states in (query, key, value))
         return _rotate(query, *rotary), _rotate(key, *rotary), value
 
-    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, top_k: int) -> torch.Tensor:
-        """What follows attention, whose result is `attended` `(tokens, width)`."""
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
+        """
+        What follows attention, whose result is `attended` `(tokens, width)`. `top_k` is one number for all tokens, or one
+        for each, `(tokens,)`.
+        """
         hidden = self.out(attended).add_(hidden)
         return self._experts(_rms_norm(hidden, self.post_norm), top_k).add_(hidden)
 
-    def _experts(self, hidden: torch.Tensor, top_k: int) -> torch.Tensor:
+    def _experts(self, hidden: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
         weights = F.linear(hidden, self.gate.weight).softmax(dim=-1)
-        weights, experts = weights.topk(top_k, dim=-1)  # (tokens, top_k)
+        most = top_k if isinstance(top_k, int) else int(top_k.max())
+        weights, experts = weights.topk(most, dim=-1)  # (tokens, most)
+        if isinstance(top_k, int):
+            tokens = torch.arange(len(hidden)).repeat_interleave(most)
+        else:
+            is_asked = torch.arange(most) < top_k[:, None]
+            weights, experts = weights.where(is_asked, 0.0), experts[is_asked]
+            tokens = torch.arange(len(hidden)).repeat_interleave(top_k)
         if self.gate.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if len(hidden) == 1:
-            return self._experts_of_token(hidden, experts[0].tolist(), weights[0])
+            experts = experts.flatten().tolist()
+            return self._experts_of_token(hidden, experts, weights[0, : len(experts)])
+        weights = weights.flatten() if isinstance(top_k, int) else weights[is_asked]
         # Sorted by expert, the tokens of each lie together.
         experts, order = experts.flatten().sort()
-        tokens = order // top_k
+        tokens = tokens[order]
         counts = torch.bincount(experts, minlength=len(self.gate_up)).tolist()
         parts = hidden[tokens].split(counts)
         gate_up = torch.cat([layer(part) for layer, part in zip(self.gate_up, parts, strict=True) if len(part)])
-        activated = self._activated(gate_up, weights.flatten()[order])
+        activated = self._activated(gate_up, weights[order])
         parts = activated.split(counts)
         outputs = torch.cat([layer(part) for layer, part in zip(self.down, parts, strict=True) if len(part)])
         return torch.zeros_like(hidden).index_add_(0, tokens, outputs)
@@ -224,44 +249,90 @@ class _Block:
         return (self.act_fn(gate) * up).mul_(weights[:, None])
 
 
+@dataclass
+class _BlockCache:
+    """
+    Keys and values of a block, `(rows, heads, L, d)`, and the rows of the batch that they are of, `(rows,)`: those whose
+    answers the block takes part in. `rows` is `None` where these are all.
+    """
+
+    rows: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def make_room(self, length: int) -> None:
+        """Makes it hold at least `length` positions."""
+        if self.keys.shape[2] < length:
+            # More than asked for, so that not every step copies the cache.
+            room = (0, 0, 0, 16 + length // 8)
+            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+
+
 class CpuDecoding:
     """
     A [`Decoding`] by [`CpuInference`]. Arguments are those of [`Inference.prefill`].
     """
 
     def __init__(
-        self, inference: CpuInference, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]
+        self,
+        inference: CpuInference,
+        prompts: Mapping[str, torch.Tensor],
+        top_k: Sequence[int],
+        active_blocks: Sequence[Sequence[int]],
     ):
         self.inference = inference
-        self.top_k = top_k
-        self.blocks = [inference.blocks[block] for block in active_blocks]
         self._lengths = prompts["attention_mask"].sum(dim=1)  # (B,)
-        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values (B, heads, L, d), by active block
-        self._prefill(prompts)
+        self._top_k = torch.tensor(top_k)  # (B,)
+        self._cache: dict[int, _BlockCache] = {}
+        self._prefill(prompts, active_blocks)
 
-    def _prefill(self, prompts: Mapping[str, torch.Tensor]) -> None:
+    def _prefill(self, prompts: Mapping[str, torch.Tensor], active_blocks: Sequence[Sequence[int]]) -> None:
         model = self.inference.model.model
         embedded = model.language_model.embed_tokens(prompts["input_ids"])
         embedded = model.place_image_features(embedded, prompts["image_features"], prompts["image_input_idx"])
         hidden = embedded[prompts["attention_mask"].bool()]  # (tokens, width): prompts end to end, without padding
-        lengths = self._lengths.tolist()
-        rotary = self._rotary(torch.cat([torch.arange(length) for length in lengths]))
-        for block in self.blocks:
-            states = block.project(hidden, rotary)
-            # (length, heads, d) → (1, heads, length, d), for each prompt
-            rows = [
-                tuple(part.transpose(0, 1)[None] for part in parts)
-                for parts in zip(*(state.split(lengths) for state in states), strict=True)
-            ]
-            attended = torch.cat(
-                [
-                    F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-                    for row in rows
-                ]
-            )
-            self._cache.append(tuple(_pad(list(states)) for states in list(zip(*rows, strict=True))[1:]))
-            hidden = block.finish(hidden, attended.flatten(1), self.top_k)
+        cos, sin = self._rotary(torch.cat([torch.arange(length) for length in self._lengths.tolist()]))
+        row_of_token = torch.arange(len(self._lengths)).repeat_interleave(self._lengths)
+        for block in sorted(set().union(*active_blocks)):
+            rows = _where([block in blocks for blocks in active_blocks])
+            if rows is None:
+                hidden = self._prefill_block(block, rows, hidden, cos, sin, row_of_token)
+            else:
+                (tokens,) = torch.isin(row_of_token, rows).nonzero(as_tuple=True)
+                hidden[tokens] = self._prefill_block(
+                    block, rows, hidden[tokens], cos[tokens], sin[tokens], row_of_token[tokens]
+                )
         self._predict(hidden[self._lengths.cumsum(0) - 1])
+
+    def _prefill_block(
+        self,
+        block: int,
+        rows: torch.Tensor | None,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        row_of_token: torch.Tensor,
+    ) -> torch.Tensor:
+        layer = self.inference.blocks[block]
+        lengths = (self._lengths if rows is None else self._lengths[rows]).tolist()
+        states = layer.project(hidden, (cos, sin))
+        # (length, heads, d) → (1, heads, length, d), for each prompt
+        prompts = [
+            tuple(part.transpose(0, 1)[None] for part in parts)
+            for parts in zip(*(state.split(lengths) for state in states), strict=True)
+        ]
+        attended = [
+            F.scaled_dot_product_attention(*prompt, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+            for prompt in prompts
+        ]
+        _, keys, values = zip(*prompts, strict=True)
+        self._cache[block] = _BlockCache(rows, _pad(keys), _pad(values))
+        return layer.finish(hidden, torch.cat(attended).flatten(1), self._top_k_of(row_of_token))
+
+    def _top_k_of(self, rows: torch.Tensor) -> int | torch.Tensor:
+        """Experts of tokens that belong to the given rows."""
+        first = self._top_k[0]
+        return int(first) if bool((self._top_k == first).all()) else self._top_k[rows]
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of positions, `(tokens, 1, d)` each."""
@@ -275,35 +346,72 @@ class CpuDecoding:
     @torch.inference_mode()
     def step(self) -> None:
         hidden = self.inference.model.get_input_embeddings()(self.tokens)  # (B, width)
-        rotary = self._rotary(self._lengths)
+        cos, sin = self._rotary(self._lengths)
         longest = int(self._lengths.max()) + 1
-        rows = torch.arange(len(hidden))
         is_seen = torch.arange(longest) <= self._lengths[:, None]  # (B, longest)
         mask = None if bool(is_seen.all()) else is_seen[:, None, None]
-        for position, block in enumerate(self.blocks):
-            query, key, value = block.project(hidden, rotary)
-            keys, values = self._cache[position]
-            if keys.shape[2] < longest:
-                # Room for as many tokens again as an eighth of the prompt, so that not every step copies the cache.
-                room = 16 + longest // 8
-                keys, values = F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room))
-                self._cache[position] = keys, values
-            keys[rows, :, self._lengths] = key
-            values[rows, :, self._lengths] = value
-            attended = F.scaled_dot_product_attention(
-                query[:, :, None], keys[:, :, :longest], values[:, :, :longest], attn_mask=mask, enable_gqa=True
-            )
-            hidden = block.finish(hidden, attended.flatten(1), self.top_k)
+        every = torch.arange(len(hidden))
+        for block, cache in self._cache.items():
+            cache.make_room(longest)
+            if cache.rows is None:
+                hidden = self._step_block(block, hidden, cos, sin, mask, every)
+            else:
+                some = cache.rows
+                hidden[some] = self._step_block(
+                    block, hidden[some], cos[some], sin[some], None if mask is None else mask[some], some
+                )
         self._lengths = self._lengths + 1
         self._predict(hidden)
 
+    def _step_block(
+        self,
+        block: int,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        layer, cache = self.inference.blocks[block], self._cache[block]
+        query, key, value = layer.project(hidden, (cos, sin))
+        places, longest = self._lengths[rows], int(self._lengths.max()) + 1
+        cache.keys[torch.arange(len(rows)), :, places] = key
+        cache.values[torch.arange(len(rows)), :, places] = value
+        attended = F.scaled_dot_product_attention(
+            query[:, :, None],
+            cache.keys[:, :, :longest],
+            cache.values[:, :, :longest],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        return layer.finish(hidden, attended.flatten(1), self._top_k_of(rows))
+
     def keep(self, rows: Sequence[int]) -> None:
         kept = torch.tensor(rows)
-        self._cache = [(keys[kept], values[kept]) for keys, values in self._cache]
-        self._lengths, self.logits, self.tokens = self._lengths[kept], self.logits[kept], self.tokens[kept]
+        place_of = {row: place for place, row in enumerate(rows)}
+        for block, cache in list(self._cache.items()):
+            if cache.rows is None:
+                self._cache[block] = _BlockCache(None, cache.keys[kept], cache.values[kept])
+                continue
+            entry_of = {row: entry for entry, row in enumerate(cache.rows.tolist()) if row in place_of}
+            if not entry_of:
+                del self._cache[block]
+                continue
+            # Entries follow the new order of the rows.
+            ordered = sorted(entry_of, key=place_of.get)
+            entries = torch.tensor([entry_of[row] for row in ordered])
+            new_rows = _where([row in entry_of for row in rows])
+            self._cache[block] = _BlockCache(new_rows, cache.keys[entries], cache.values[entries])
+        self._lengths, self._top_k = self._lengths[kept], self._top_k[kept]
+        self.logits, self.tokens = self.logits[kept], self.tokens[kept]
 
 
-def _pad(states: list[torch.Tensor]) -> torch.Tensor:
+def _where(is_in: list[bool]) -> torch.Tensor | None:
+    """Positions that are true, or `None` for all."""
+    return None if all(is_in) else torch.tensor(is_in).nonzero().flatten()
+
+
+def _pad(states: Sequence[torch.Tensor]) -> torch.Tensor:
     """States `(1, heads, length, d)` of several prompts as `(B, heads, longest, d)`, padded behind."""
     longest = max(state.shape[2] for state in states)
     return torch.cat([F.pad(state, (0, 0, 0, longest - state.shape[2])) for state in states])

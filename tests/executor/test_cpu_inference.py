@@ -53,6 +53,38 @@ def test_decoding_of_a_batch_equals_that_of_the_modules(tiny_molmo, kept):
     assert_equal_decoding(tiny_molmo, random_prompts(tiny_molmo, [25, 14, 31]), 4, [0, 1, 3], kept=kept)
 
 
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3], [3, 0], [2, 1], [1]])
+def test_rows_of_a_batch_may_have_settings_of_their_own(tiny_molmo, kept):
+    lengths, top_k, active_blocks = [25, 14, 31, 14], [4, 1, 2, 8], [[0, 1, 2, 3], [0, 2], [0, 1, 3], [1]]
+    prompts = random_prompts(tiny_molmo, lengths)
+    mixed = CpuInference(tiny_molmo).prefill(prompts, top_k, active_blocks)
+    with torch.inference_mode():
+        alone = [
+            PlainInference(tiny_molmo).prefill(
+                {
+                    # The features' places count from the end of the padding.
+                    "image_input_idx": torch.where(
+                        prompts["image_input_idx"][[row]] < 0, -100, prompts["image_input_idx"][[row]] - 31 + length
+                    ),
+                    "image_features": prompts["image_features"][[row]],
+                    **{name: prompts[name][[row], 31 - length :] for name in ("input_ids", "attention_mask")},
+                },
+                top_k[row],
+                active_blocks[row],
+            )
+            for row, length in enumerate(lengths)
+        ]
+        for step in range(24):
+            expected = torch.cat([decoding.logits for decoding in alone])
+            torch.testing.assert_close(mixed.logits, expected, rtol=1e-4, atol=1e-5)
+            if step == 3:
+                mixed.keep(kept)
+                alone = [alone[row] for row in kept]
+            mixed.step()
+            for decoding in alone:
+                decoding.step()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
