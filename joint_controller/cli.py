@@ -37,6 +37,10 @@ COMMANDS = {
         "import results of the original profiling scripts: outcomes and times to learn from",
         "--results_dir profiling_results --output_dir outputs/recorded",
     ),
+    "data": (
+        "show what a recipe would train on: samples, answers, images, lengths",
+        "--config recipes/easy_vqa/grpo.yaml --output_dir outputs/easy_vqa_data",
+    ),
     "sweep": (
         "evaluate a controller and static settings over latency budgets",
         "--config recipes/easy_vqa/sweep.yaml",

@@ -56,7 +56,7 @@ def decode_image(encoded: Mapping[str, Any]) -> Image.Image:
             it has more than `MAX_IMAGE_PIXELS`, or its pixels have no defined range. Sizes are those of the header: too
             large an image is refused before its pixels take any memory.
     """
-    with _open_image(encoded) as image:
+    with open_image(encoded) as image:
         return _read_pixels(image)
 
 
@@ -72,12 +72,21 @@ def check_image(encoded: Mapping[str, Any]) -> None:
     Raises:
         ImageError: As [`decode_image`] does.
     """
-    with _open_image(encoded) as image:
+    with open_image(encoded) as image:
         _read_pixels(image, reduction=8)
 
 
-def _open_image(encoded: Mapping[str, Any] | None) -> Image.Image:
-    """Reads the header, and refuses by it."""
+def open_image(encoded: Mapping[str, Any] | None) -> Image.Image:
+    """
+    Reads the header of an image, and refuses by it. The caller closes the image.
+
+    Args:
+        encoded (`dict`):
+            As for [`decode_image`].
+
+    Raises:
+        ImageError: If there is no image, its file is missing or of no known format, or it is too small or too large.
+    """
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ImageError("there is no image")
     try:

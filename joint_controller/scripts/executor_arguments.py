@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..executor import MolmoExecutor
+    from ..knobs import KnobSpace
     from ..latency import LatencyEstimatorModel
+    from ..molmo import MolmoConfig, MolmoProcessor
 
 
 FIT = "fit"
@@ -83,7 +85,6 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
     import torch
 
     from ..executor import MolmoExecutor
-    from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
 
     if args.num_threads is not None:
         if args.num_threads < 1:
@@ -96,17 +97,42 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
         batch_size=args.executor_batch_size,
         num_workers=args.executor_workers,
     )
+    executor.knob_space = _knob_space(args, executor.model.config)
+    return executor
+
+
+def load_executor_inputs(args: ExecutorArguments) -> "tuple[MolmoConfig, MolmoProcessor, KnobSpace]":
+    """
+    Loads what tells how long the executor's inputs are: its configuration, its processor and its knob space. No weights.
+
+    Raises:
+        FileNotFoundError: If the model cannot be found.
+        ValueError: If the checkpoint lacks a knob value.
+    """
+    from ..executor import embedded_executor_path
+    from ..molmo import MolmoConfig, MolmoProcessor
+
+    path = embedded_executor_path() if args.model_path == "embedded" else Path(args.model_path)
+    if not path.is_dir() and str(args.model_path).count("/") != 1:
+        raise FileNotFoundError(
+            f"`model_path` '{args.model_path}' does not exist: give a model folder, the name of a Hub repository "
+            "(org/name), or 'embedded'."
+        )
+    config = MolmoConfig.from_pretrained(path)
+    return config, MolmoProcessor.from_pretrained(path), _knob_space(args, config)
+
+
+def _knob_space(args: ExecutorArguments, config: "MolmoConfig") -> "KnobSpace":
+    from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
+
     tier_crops = None
     if args.tiers is not None:
-        known = {**DEFAULT_TIER_CROPS, **executor.knob_space.tier_crops}
+        known = {**DEFAULT_TIER_CROPS, **KnobSpace.from_executor_config(config).tier_crops}
         unknown = [tier for tier in args.tiers if tier not in known]
         if unknown:
             raise ValueError(f"knob `tier` has unknown values {unknown}: choose from {list(known)}.")
         tier_crops = {tier: known[tier] for tier in args.tiers}
-    executor.knob_space = KnobSpace.from_executor_config(
-        executor.model.config, tier_crops, args.top_k_values, args.num_blocks_values
-    )
-    return executor
+    return KnobSpace.from_executor_config(config, tier_crops, args.top_k_values, args.num_blocks_values)
 
 
 def load_latency_estimator(args: ExecutorArguments, executor: "MolmoExecutor") -> "LatencyEstimatorModel":

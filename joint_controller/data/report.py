@@ -1,0 +1,319 @@
+"""What a recipe trains on, as tables: for a terminal, as Markdown and as JSON."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .contact_sheet import format_answers
+from .row_checks import SkippedRows
+from .statistics import DatasetStatistics
+
+
+GROUP_COLUMNS = ["data set", "split"]
+TOO_LONG = "too long"
+TEXT_COLUMNS = ("sample", "question", "answers", "most frequent", "cause")
+"""Columns whose cells are text even if they begin with a digit."""
+
+MAX_VALUES = 10
+"""Answers and question types that a table lists, the most frequent ones."""
+MAX_NAMED_ROWS = 10
+"""Rows that a table names, of those that are left out or too long."""
+MAX_VALUE_LENGTH, MAX_TEXT_LENGTH = 32, 240
+"""Characters of an answer in a list, and of a text in the examples."""
+MAX_UNBROKEN = 12
+"""Characters of a word that a narrow terminal leaves on one line."""
+MAX_WRITTEN_VALUES = 100
+"""Answers in JSON, the most frequent ones."""
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """
+    The samples of one data set that a recipe uses for one purpose.
+
+    Args:
+        name (`str`):
+            Name of the data set in the recipe.
+        split (`str`):
+            Split that the samples are of.
+        role (`str`):
+            What they are used for: `"train"`, `"validation"` or `"test"`.
+        statistics ([`DatasetStatistics`]):
+            What they are.
+    """
+
+    name: str
+    split: str
+    role: str
+    statistics: DatasetStatistics
+
+
+@dataclass
+class ReportTable:
+    """
+    A table of text.
+
+    Args:
+        title (`str`):
+            What it shows.
+        columns (`list[str]`):
+            Names of the columns. Where they begin with those of `GROUP_COLUMNS`, a terminal shows data sets as groups.
+        rows (`list[list[str]]`):
+            Cells.
+        note (`str`, *optional*):
+            What is to be said below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def to_rich(self) -> Table:
+        """The table for a terminal."""
+        shown = Table(
+            title=f"[bold not italic]{escape(self.title)}[/]",
+            caption=f"[not italic]{escape(self.note)}[/]" if self.note else None,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        is_grouped = self.columns[:2] == GROUP_COLUMNS
+        # A data set's name stands above its splits: a column less, which a narrow terminal needs.
+        columns = ["", *self.columns[2:]] if is_grouped else self.columns
+        rows = [[f"  {row[1]}", *row[2:]] if is_grouped else row for row in self.rows]
+        for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+            is_number = column not in TEXT_COLUMNS and all(cell[:1].isdigit() for cell in cells)
+            words = (word for cell in cells for word in [cell, *cell.split()] if len(word) <= MAX_UNBROKEN)
+            shown.add_column(
+                column,
+                justify="right" if is_number else "left",
+                no_wrap=is_number,
+                min_width=max(map(len, words), default=0),
+                overflow="fold",
+            )
+        name = None
+        for whole_row, row in zip(self.rows, rows, strict=True):
+            if is_grouped and whole_row[0] != name:
+                name = whole_row[0]
+                shown.add_row(f"[bold]{escape(name)}[/]")
+            shown.add_row(
+                *(
+                    f"[red]{escape(cell)}[/]" if column == TOO_LONG and cell != "0" else escape(cell)
+                    for column, cell in zip(columns, row, strict=True)
+                )
+            )
+        return shown
+
+    def to_markdown(self) -> str:
+        """The table as a section of a Markdown file."""
+
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+        lines = [line(self.columns), line("---" for _ in self.columns), *map(line, self.rows)]
+        return "\n\n".join([f"## {self.title}", "\n".join(lines), *([self.note] if self.note else [])])
+
+
+def make_tables(
+    parts: Sequence[DataPart],
+    examples: Sequence[Mapping[str, Any]],
+    max_prompt_tokens: int,
+    skipped_rows: SkippedRows | None = None,
+) -> list[ReportTable]:
+    """
+    Tables of what a recipe trains on.
+
+    Args:
+        parts (`Sequence[DataPart]`):
+            What it uses, data set after data set.
+        examples (`Sequence[dict]`):
+            Some rows with the columns of `FEATURES`, images decoded.
+        max_prompt_tokens (`int`):
+            Most tokens of a prompt that the executor takes.
+        skipped_rows ([`SkippedRows`], *optional*):
+            Rows that were left out.
+    """
+    tables = [
+        _samples_table(parts, skipped_rows),
+        _images_table(parts),
+        _lengths_table(parts, max_prompt_tokens),
+        _values_table("Answers: of several references, the most frequent one", parts, "answers", "answer_words"),
+        _values_table("Question types", parts, "question_types"),
+        _examples_table(examples),
+    ]
+    return [*tables, _skipped_table(skipped_rows)] if skipped_rows else tables
+
+
+def to_json(part: DataPart) -> dict[str, Any]:
+    """
+    A part's numbers, for a JSON file.
+
+    Args:
+        part ([`DataPart`]):
+            The part.
+    """
+    statistics = part.statistics
+    return {
+        "name": part.name,
+        "split": part.split,
+        "role": part.role,
+        **{field.name: getattr(statistics, field.name) for field in fields(statistics)},
+        "image_sizes": {f"{width}x{height}": count for (width, height), count in statistics.image_sizes.most_common()},
+        "num_answers": len(statistics.answers),
+        "answers": dict(statistics.answers.most_common(MAX_WRITTEN_VALUES)),
+        "tiers": {tier: asdict(numbers) for tier, numbers in statistics.tiers.items()},
+    }
+
+
+def _samples_table(parts: Sequence[DataPart], skipped_rows: SkippedRows | None) -> ReportTable:
+    left_out = {} if skipped_rows is None else skipped_rows.counts()
+    return ReportTable(
+        "Samples",
+        [*GROUP_COLUMNS, "samples", "images", "left out", "refs", "style", "metric"],
+        [
+            [
+                part.name,
+                part.split,
+                f"{part.statistics.num_rows:,}",
+                f"{part.statistics.num_images:,}",
+                f"{left_out.get((part.name, part.split), 0):,}",
+                _range(part.statistics.references),
+                ", ".join(part.statistics.styles),
+                ", ".join(part.statistics.metrics),
+            ]
+            for part in parts
+        ],
+    )
+
+
+def _images_table(parts: Sequence[DataPart]) -> ReportTable:
+    rows = []
+    for part in parts:
+        sizes = sorted(part.statistics.image_sizes.elements(), key=lambda size: (size[0] * size[1], size))
+        crops = (tier.crops for tier in part.statistics.tiers.values())
+        rows.append(
+            [
+                part.name,
+                part.split,
+                *(f"{width}×{height}" for width, height in (sizes[0], sizes[len(sizes) // 2], sizes[-1])),
+                *(
+                    _range(numbers)
+                    if numbers["min"] == numbers["max"]
+                    else f"{numbers['mean']:.1f} ({_range(numbers)})"
+                    for numbers in crops
+                ),
+            ]
+        )
+    return ReportTable(
+        "Images by area, and crops at each tier: mean (range)",
+        [*GROUP_COLUMNS, "smallest", "median", "largest", *parts[0].statistics.tiers],
+        rows,
+    )
+
+
+def _lengths_table(parts: Sequence[DataPart], max_prompt_tokens: int) -> ReportTable:
+    def median_and_most(numbers: Mapping[str, float]) -> str:
+        return f"{numbers['median']:,.0f} / {numbers['max']:,}"
+
+    rows = []
+    too_long: dict[str, list[str]] = {}  # tiers of each sample
+    for part in parts:
+        tiers = part.statistics.tiers
+        for name, tier in tiers.items():
+            for sample_id in tier.too_long:
+                too_long.setdefault(sample_id, []).append(name)
+        rows.append(
+            [
+                part.name,
+                part.split,
+                median_and_most(part.statistics.question_words),
+                median_and_most(part.statistics.text_tokens),
+                *(median_and_most(tier.prompt_tokens) for tier in tiers.values()),
+                f"{len({sample_id for tier in tiers.values() for sample_id in tier.too_long}):,}",
+            ]
+        )
+    named = [f"{sample_id} ({', '.join(tiers)})" for sample_id, tiers in too_long.items()]
+    note = f"No prompt is longer than the {max_prompt_tokens:,} tokens that leave room for an answer."
+    if named:
+        more = ", …" if len(named) > MAX_NAMED_ROWS else ""
+        note = (
+            f"Prompts longer than the {max_prompt_tokens:,} tokens that leave room for an answer: {len(named):,}, namely "
+            f"{', '.join(named[:MAX_NAMED_ROWS])}{more}"
+        )
+    return ReportTable(
+        "Question words, prompt tokens without and with the image of each tier: median / most",
+        [*GROUP_COLUMNS, "words", "text", *(f"+ {tier}" for tier in parts[0].statistics.tiers), TOO_LONG],
+        rows,
+        note,
+    )
+
+
+def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str | None = None) -> ReportTable:
+    def most_frequent(values: Counter[str]) -> str:
+        total = values.total()
+        shares = [
+            f"{_shorten(value, MAX_VALUE_LENGTH)} {count / total:.0%}"
+            for value, count in values.most_common(MAX_VALUES)
+        ]
+        return " · ".join([*shares, *(["…"] if len(values) > MAX_VALUES else [])])
+
+    return ReportTable(
+        title,
+        [*GROUP_COLUMNS, "different", *([] if words is None else ["words"]), "most frequent"],
+        [
+            [
+                part.name,
+                part.split,
+                f"{len(getattr(part.statistics, counts)):,}",
+                *([] if words is None else [_range(getattr(part.statistics, words))]),
+                most_frequent(getattr(part.statistics, counts)),
+            ]
+            for part in parts
+        ],
+    )
+
+
+def _examples_table(samples: Sequence[Mapping[str, Any]]) -> ReportTable:
+    return ReportTable(
+        f"{len(samples)} training samples",
+        ["sample", "image", "question", "answers", "type"],
+        [
+            [
+                sample["sample_id"],
+                f"{sample['image'].width}×{sample['image'].height}",
+                _shorten(sample["question"], MAX_TEXT_LENGTH),
+                _shorten(format_answers(sample["answers"]), MAX_TEXT_LENGTH),
+                sample["question_type"],
+            ]
+            for sample in samples
+        ],
+    )
+
+
+def _skipped_table(skipped_rows: SkippedRows) -> ReportTable:
+    return ReportTable(
+        f"Rows that were left out: {min(len(skipped_rows), MAX_NAMED_ROWS):,} of {len(skipped_rows):,}",
+        [*GROUP_COLUMNS, "row", "sample", "column", "cause"],
+        [
+            [bad.dataset, bad.split, f"{bad.row:,}", str(bad.sample_id), bad.column, bad.cause]
+            for bad in list(skipped_rows)[:MAX_NAMED_ROWS]
+        ],
+        skipped_rows.summary(),
+    )
+
+
+def _range(numbers: Mapping[str, float]) -> str:
+    least, most = numbers["min"], numbers["max"]
+    return f"{least:,}" if least == most else f"{least:,}–{most:,}"
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

@@ -1,0 +1,143 @@
+"""What a recipe trains on, shown by the command: on the recipe as shipped, and on data with every difficulty."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from joint_controller.cli import main
+from joint_controller.data import FEATURES
+from joint_controller.executor import embedded_executor_path
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "easy_vqa" / "grpo.yaml"
+
+
+def run(output_dir, *flags) -> int:
+    return main(["data", "--config", str(RECIPE), "--output_dir", str(output_dir), *map(str, flags)])
+
+
+def report_of(folder):
+    return json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
+
+
+def test_the_recipe_as_shipped_with_fewer_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = ["--max_train_samples", 40, "--max_eval_samples", 6, "--max_test_samples", 8]
+    assert run(tmp_path, *flags) == 0
+    report = report_of(tmp_path)
+    numbers = {(part["name"], part["role"]): part["num_rows"] for part in report["parts"]}
+    assert numbers == {
+        (name, role): rows // 2
+        for name in ("easy_vqa", "scenes")
+        for role, rows in (("train", 40), ("validation", 6), ("test", 8))
+    }
+    scenes = next(part for part in report["parts"] if (part["name"], part["role"]) == ("scenes", "train"))
+    assert scenes["image_sizes"] == {"128x128": 20}
+    assert scenes["num_images"] == 5  # four questions a scene
+    assert [scenes["tiers"][tier]["crops"]["max"] for tier in ("low", "medium", "high")] == [1, 4, 9]
+    assert len(report["examples"]) == 5 and all(
+        example["sample_id"].split("/")[1] == "train" for example in report["examples"]
+    )
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width > 1600 and sheet.height > 5 * 300  # five rows of five
+    shown = capsys.readouterr().out
+    for title in ("Samples", "Images by area", "Question words, prompt tokens", "Answers", "Question types"):
+        assert title in shown
+    assert "5 training samples" in shown and "No prompt is longer than the 1,022 tokens" in shown
+    markdown = (tmp_path / "data_report.md").read_text(encoding="utf-8")
+    assert "| easy_vqa | train | 20 |" in markdown and "![Training samples](contact_sheet.png)" in markdown
+
+
+def own_rows(num_rows: int) -> list[dict]:
+    noise = np.random.default_rng(0).integers(0, 256, (num_rows, 30, 40, 3), dtype=np.uint8)
+    return [
+        {
+            "sample_id": f"own-{row}",
+            "image": Image.fromarray(noise[row]),
+            "question": "how many stars | circles are there ?",
+            "answers": ["2", "two", "2"],
+            "style": "tally_qa",
+            "metric": "exact_count",
+            "question_type": "[red]count[/red]",
+        }
+        for row in range(num_rows)
+    ]
+
+
+def save(folder, train_rows) -> Path:
+    for split, rows in (("train", train_rows), ("validation", own_rows(3)), ("test", own_rows(3))):
+        Dataset.from_list(rows, features=FEATURES).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_rows_of_ones_own_with_bad_and_too_long_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    rows = own_rows(6)
+    rows[1]["question"] = "star " * 1100
+    rows[2]["answers"] = []
+    folder = save(tmp_path, rows)
+    output_dir = tmp_path / "report"
+    assert run(output_dir, "--dataset_names", folder) == 2
+    assert "column 'answers': there are none" in capsys.readouterr().err
+
+    assert run(output_dir, "--dataset_names", folder, "--skip_bad_rows", "true") == 0
+    report = report_of(output_dir)
+    own = next(part for part in report["parts"] if (part["name"], part["role"]) == (str(folder), "train"))
+    assert own["num_rows"] == 5 and own["answers"] == {"2": 5} and own["metrics"] == {"exact_count": 5}
+    assert own["tiers"]["low"]["too_long"] == ["own-1"]
+    assert [(bad["row"], bad["column"]) for bad in report["skipped_rows"]] == [(2, "answers")]
+    shown = capsys.readouterr().out
+    assert (
+        "Prompts longer than the 1,022 tokens that leave room for an answer: 1, namely own-1 (low, medium, high)"
+        in (" ".join(shown.split()))
+    )
+    assert "Rows that were left out: 1 of 1" in shown
+    assert "[red]count[/red] 100%" in shown  # text of the data is no markup
+    markdown = (output_dir / "data_report.md").read_text(encoding="utf-8")
+    assert "how many stars \\| circles" in markdown
+
+
+def test_a_stream_is_read_from_its_beginning(tmp_path, capsys):
+    folder = save(tmp_path, own_rows(30))
+    flags = ["--dataset_names", folder, "scenes", "--dataset_weights", 1, 3, "--streaming", "true"]
+    assert (
+        run(tmp_path / "report", *flags, "--max_train_samples", 40, "--max_eval_samples", 4, "--max_test_samples", 4)
+        == 0
+    )
+    report = report_of(tmp_path / "report")
+    assert [part["num_rows"] for part in report["parts"] if part["role"] == "train"] == [10, 30]
+    assert "Training samples are a stream: these are its first 40." in capsys.readouterr().out
+
+
+def test_no_weights_are_loaded(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_executor_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = ["--max_train_samples", 4, "--max_eval_samples", 4, "--max_test_samples", 4, "--dataset_names", "scenes"]
+    assert run(tmp_path / "report", "--model_path", folder, "--tiers", "low", "high", *flags) == 0
+    assert report_of(tmp_path / "report")["tier_crops"] == {"low": [1, 3], "high": [9, 9]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_path", "no/such/model"], "`model_path` 'no/such/model' does not exist"),
+        (["--tiers", "huge"], "knob `tier` has unknown values ['huge']"),
+        (["--dataset_names", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_found_is_refused(tmp_path, flags, message, capsys):
+    assert run(tmp_path, *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("joint-controller data: error: ") and message in error
+
+
+def test_a_metric_that_does_not_exist_is_refused(tmp_path, capsys):
+    rows = own_rows(3)
+    rows[0]["metric"] = "accuracy"
+    assert run(tmp_path / "report", "--dataset_names", save(tmp_path, rows)) == 2
+    assert "there is no metric 'accuracy'" in capsys.readouterr().err
