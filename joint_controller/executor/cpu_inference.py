@@ -76,6 +76,8 @@ class CpuInference:
         ValueError: If the model is elsewhere or in another precision, or torch has no oneDNN.
     """
 
+    prefill_lengths = None
+
     def __init__(self, model: MolmoForConditionalGeneration):
         if not self.supports(model):
             raise ValueError(

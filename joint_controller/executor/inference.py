@@ -37,7 +37,15 @@ class Decoding(Protocol):
 
 
 class Inference(Protocol):
-    """One way to compute the stages of a request."""
+    """
+    One way to compute the stages of a request.
+
+    Attributes:
+        prefill_lengths (`Sequence[int]` or `None`):
+            Lengths, ascending, that the prompt of a single request is padded to; `None` where it is not padded.
+    """
+
+    prefill_lengths: Sequence[int] | None
 
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         """
@@ -76,6 +84,8 @@ class PlainInference:
         model ([`MolmoForConditionalGeneration`]):
             The model.
     """
+
+    prefill_lengths = None
 
     def __init__(self, model: MolmoForConditionalGeneration):
         self.model = model

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from ..controller import JointControllerModel
+from ..controller import RequestController
 from ..knobs import KnobSetting, KnobSpace
 from ..molmo import MolmoConfig, MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
@@ -218,6 +218,11 @@ class MolmoExecutor:
     def hidden_size(self) -> int:
         """Width of the language model: of question features and of vision features."""
         return self.model.config.text_config.hidden_size
+
+    @property
+    def prefill_lengths(self) -> Sequence[int] | None:
+        """Lengths, ascending, that the prompt of a single request is padded to; `None` where it is not padded."""
+        return self._inference.prefill_lengths
 
     @property
     def knob_space(self) -> KnobSpace:
@@ -570,7 +575,7 @@ class MolmoExecutor:
         repeats: int = 5,
         warmup: int = 2,
         decode_steps: int | None = None,
-        controller: JointControllerModel | None = None,
+        controller: RequestController | None = None,
     ) -> StageTimes:
         """
         Times the stages of one request at batch 1 in one pass, image processing included. Nothing that was encoded before
@@ -585,7 +590,7 @@ class MolmoExecutor:
                 Runs before these that are not measured.
             decode_steps (`int`, *optional*):
                 Tokens to decode after the first, whatever the answer. By default, decoding ends with the answer.
-            controller ([`JointControllerModel`], *optional*):
+            controller ([`RequestController`], *optional*):
                 A controller whose two stages are timed, too, each at its place in the request. The request is answered
                 at its own setting, whatever the controller would choose.
 
@@ -607,25 +612,20 @@ class MolmoExecutor:
         )
 
     def _time_once(
-        self, request: ExecutorRequest, decode_steps: int | None, controller: JointControllerModel | None
+        self, request: ExecutorRequest, decode_steps: int | None, controller: RequestController | None
     ) -> StageTimes:
         clock = StageClock(self.device)
         clock.mark()
         if controller is not None:
             question = self.question_features([request.question])
-            tier_index = torch.tensor([self.knob_space.indices(request.setting)[0]], device=self.device)
-            budget = torch.tensor([controller.config.latency_budget_max_ms], device=self.device)
-            # The host needs the choices: it waits for them.
-            controller.stage1(question, budget).argmax(dim=-1).tolist()
+            controller.choose_tier(question, controller.controller.config.latency_budget_max_ms)
         clock.mark()
         inputs = self._process(request, request.setting.tier)
         clock.mark()
         encoded = self._encoded_sample(inputs, self._image_features(inputs))
         clock.mark()
         if controller is not None:
-            vision = encoded.image_features.float().mean(dim=0, keepdim=True)
-            for logits in controller.stage2(vision, question, budget, tier_index):
-                logits.argmax(dim=-1).tolist()
+            controller.choose_depth(encoded.image_features.float().mean(dim=0, keepdim=True))
         clock.mark()
         active_blocks = self.active_blocks(request.setting.num_blocks, request.sample_id)
         decoding = self._inference.prefill(self._collate([encoded]), request.setting.top_k, active_blocks)

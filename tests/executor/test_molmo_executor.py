@@ -16,6 +16,7 @@ from joint_controller import (
     KnobSpace,
     MolmoForConditionalGeneration,
 )
+from joint_controller.controller import RequestController
 from joint_controller.executor import ExecutorRequest, MolmoExecutor
 
 
@@ -342,11 +343,12 @@ def test_time_request_counts_both_stages_of_a_controller_apart(executor, images)
 
     space = executor.knob_space
     sizes = {"question_size": executor.hidden_size, "vision_size": executor.hidden_size}
-    controller = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes)).eval()
+    model = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes))
+    controller = RequestController(model)
     request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", space.cheapest)
     assert executor.time_request(request, repeats=1).controller_ms is None
     quick = executor.time_request(request, repeats=3, decode_steps=2, controller=controller)
-    controller.stage1, controller.stage2 = Slow(controller.stage1, 0.4), Slow(controller.stage2, 0.6)
+    model.stage1, model.stage2 = Slow(model.stage1, 0.4), Slow(model.stage2, 0.6)
     slow = executor.time_request(request, repeats=1, warmup=0, decode_steps=2, controller=controller)
     assert 0 < quick.controller_ms < 400 and 1000 <= slow.controller_ms < 2000
     # Nothing of it in the other stages.
