@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 
 
 SPLITS = ("train", "validation", "test")
@@ -117,10 +117,16 @@ def conform_to_schema(dataset: Dataset, name: str) -> Dataset:
                 f"both are '{sample_id}'. Give each row its own id, or leave the column out."
             )
         first_rows[sample_id] = row
-    # This leaves the images where they are. Casting all columns copies them, which few files need.
     dataset = dataset.cast_column("image", Image())
     features = Features({**FEATURES, **{column: Value("string") for column in defect}})
-    return dataset if dataset.features == features else dataset.cast(features, keep_in_memory=True)
+    if dataset.features == features:
+        return dataset
+    # Casting copies into memory, which images must not be: texts alone are cast.
+    texts = dataset.remove_columns("image")
+    text_features = Features({column: features[column] for column in texts.column_names})
+    texts = texts.cast(text_features, keep_in_memory=True)
+    columns = concatenate_datasets([texts, dataset.select_columns("image")], axis=1)
+    return columns.select_columns(list(features))
 
 
 def conform_row(row: Mapping[str, Any]) -> dict[str, Any]:

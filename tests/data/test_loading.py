@@ -230,6 +230,29 @@ def test_tables_of_other_libraries_are_read(tmp_path):
     assert dataset[2]["image"].size == (20, 10)
 
 
+def test_casting_texts_leaves_images_on_disk(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "signs"
+    folder.mkdir()
+    image = encoded_image() + bytes(2**20)  # what follows the end of a PNG file is not read
+    table = pa.table(
+        {
+            "image": pa.array([image] * 32),
+            "question": pa.array(good_rows(32)["question"], pa.large_string()),
+            "answers": pa.array(good_rows(32)["answers"]),
+        }
+    )
+    pq.write_table(table, folder / "train.parquet")
+    del table
+    before = pa.total_allocated_bytes()
+    dataset = load_vqa_dataset(str(folder))
+    assert pa.total_allocated_bytes() - before < 2**22
+    assert dataset.features == FEATURES
+    assert dataset[31]["question"] == "what is 31 ?" and dataset[31]["image"].getpixel((0, 0)) == (90, 0, 0)
+
+
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"this is no table")
     with pytest.raises(ValueError, match="train.parquet' cannot be read"):
