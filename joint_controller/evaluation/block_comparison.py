@@ -207,8 +207,8 @@ def format_comparison_markdown(
         parts.append("\n".join(lines))
     parts.append(
         "Brackets: 95 % confidence, by a bootstrap over samples (paired, where the first blocks are compared with). "
-        "± is the standard deviation between random sets, which are drawn with replacement; then their lowest and highest "
-        "accuracy."
+        "± is the standard deviation between random sets, each of which was drawn by itself; then their lowest and highest "
+        "accuracy, which the picture shows as a band."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -236,8 +236,8 @@ def draw_comparison(
     rows: Sequence[BlockComparisonRow], full_accuracies: Mapping[str, float], path: str | Path
 ) -> None:
     """
-    Draws accuracy against the number of blocks, a panel for each data set: a line for each way of choosing, for random sets
-    their mean with a band of one standard deviation and the range from the worst to the best set.
+    Draws accuracy against the number of blocks, a panel for each data set: a line for each way of choosing, with 95 %
+    intervals, and for random sets their mean and the range from the worst to the best set.
 
     Args:
         rows (`Sequence[BlockComparisonRow]`):
@@ -248,28 +248,45 @@ def draw_comparison(
             PNG to write.
     """
     datasets = list(dict.fromkeys(row.dataset for row in rows))
-    names = list(dict.fromkeys(row.selection for row in rows))
+    names = [name for name in dict.fromkeys(row.selection for row in rows) if name != RANDOM]
     counts = sorted({row.num_blocks for row in rows})
-    figure = Figure(figsize=(4.2 * len(datasets) + 2.2, 4), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(datasets) + 2, 4), layout="constrained")
     panels = figure.subplots(1, len(datasets), squeeze=False, sharey=True)[0]
     for panel, dataset in zip(panels, datasets, strict=True):
         members = {(row.selection, row.num_blocks): row for row in rows if row.dataset == dataset}
         panel.axhline(full_accuracies[dataset], color="black", linestyle=":", linewidth=1, label="all blocks")
+        drawn = [members[RANDOM, count] for count in counts]
+        panel.fill_between(
+            counts,
+            [row.lowest for row in drawn],
+            [row.highest for row in drawn],
+            color="gray",
+            alpha=0.2,
+            linewidth=0,
+            label="random: worst to best",
+        )
+        panel.plot(
+            counts, [row.accuracy for row in drawn], color="gray", linestyle="--", marker="_", label="random: mean"
+        )
         for index, name in enumerate(names):
             line = [members[name, count] for count in counts]
-            accuracy = [row.accuracy for row in line]
-            if name == RANDOM:
-                spread = [row.spread for row in line]
-                lower, upper = np.subtract(accuracy, spread), np.add(accuracy, spread)
-                panel.fill_between(
-                    counts, lower, upper, color="gray", alpha=0.25, linewidth=0, label="random, ± 1 s.d."
-                )
-                panel.vlines(
-                    counts, [row.lowest for row in line], [row.highest for row in line], color="gray", linewidth=1
-                )
-                panel.plot(counts, accuracy, color="gray", marker="_", linestyle="--", label=RANDOM)
-            else:
-                panel.plot(counts, accuracy, color=f"C{index}", marker="osD^v"[index % 5], markersize=5, label=name)
+            # Side by side, so that equal ones can be told apart.
+            places = [count + 0.09 * (index - (len(names) - 1) / 2) for count in counts]
+            errors = [
+                [row.accuracy - row.accuracy_interval[0] for row in line],
+                [row.accuracy_interval[1] - row.accuracy for row in line],
+            ]
+            panel.errorbar(
+                places,
+                [row.accuracy for row in line],
+                yerr=errors,
+                color=f"C{index}",
+                marker="osD^"[index % 4],
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=name,
+            )
         panel.set_title("all samples" if dataset == ALL_DATASETS else dataset)
         panel.set_xlabel("blocks that run")
         panel.set_xticks(counts)
