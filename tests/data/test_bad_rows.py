@@ -8,6 +8,7 @@ import time
 import pytest
 from datasets import Dataset, Features, Image, Value, disable_progress_bars, enable_progress_bars
 from PIL import Image as PILImage
+from published import coco_2014_vqa_row, write_official_coco
 
 from joint_controller.data import (
     FEATURES,
@@ -54,7 +55,8 @@ BAD_VALUES = [
     pytest.param("question", None, "the question is empty", id="no-question"),
     pytest.param("answers", [], "there are none", id="no-answers"),
     pytest.param("answers", None, "there are none", id="null-answers"),
-    pytest.param("answers", ["red", " "], "an answer is empty", id="blank-answer"),
+    pytest.param("answers", ["", " "], "all are empty", id="blank-answers"),
+    pytest.param("answers", ["red", None], "an answer is missing", id="null-answer"),
 ]
 
 
@@ -136,6 +138,31 @@ def test_turned_and_animated_images_are_no_bad_rows(tmp_path):
     for kind, data, size in (("turned", turned, (10, 20)), ("animated", animated, (8, 8))):
         dataset = load_vqa_dataset(write_rows(tmp_path / kind, "image", data))
         assert len(dataset) == NUM_ROWS and dataset[BAD_ROW]["image"].size == size
+
+
+def test_one_of_ten_may_have_answered_nothing(tmp_path):
+    name = write_rows(tmp_path / "data", "answers", ["red"] * 9 + [""])
+    assert load_vqa_dataset(name)[BAD_ROW]["answers"] == ["red"] * 9 + [""]
+
+
+@pytest.mark.parametrize("opens", [load_vqa_datasets, stream_vqa_datasets])
+def test_bad_rows_of_official_files(tmp_path, opens):
+    rows = [coco_2014_vqa_row(number) for number in range(8)]
+    rows[3]["question"] = ""
+    write_official_coco(tmp_path, "val2014", "v2_", rows)
+    (tmp_path / "val2014" / "COCO_val2014_000000000044.jpg").unlink()  # of questions 4 and 5
+    (tmp_path / "val2014" / "COCO_val2014_000000000045.jpg").write_bytes(GOOD[:40])  # of 6 and 7
+    name = f"coco_2014_vqa={tmp_path}"
+    with pytest.raises(ValueError, match="row 0 .sample 'coco_2014_vqa/validation/45001'.*cannot be decoded"):
+        list(opens([name], "validation"))
+    skipped = SkippedRows()
+    kept = list(opens([name], "validation", skipped_rows=skipped))
+    assert sorted(row["sample_id"] for row in kept) == [
+        f"coco_2014_vqa/validation/{question}" for question in (42000, 42001, 43000)
+    ]
+    # Rows are those of the annotations, which are written here from the last to the first.
+    assert [(bad.row, bad.column) for bad in skipped] == [*((row, "image") for row in range(4)), (4, "question")]
+    assert ["does not exist" in bad.cause for bad in skipped] == [False, False, True, True, False]
 
 
 def test_the_error_counts_the_others(tmp_path):
