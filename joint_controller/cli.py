@@ -22,7 +22,7 @@ COMMANDS = {
         "--config recipes/embedded_executor/train.yaml",
     ),
     "importance": (
-        "score the executor's blocks by what leaving each out costs",
+        "score the executor's blocks, and search for those that can be left out",
         "--config recipes/embedded_executor/importance.yaml",
     ),
     "profile": (

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,11 +200,19 @@ def bootstrap_intervals(values: np.ndarray, seed: int = 42, num_resamples: int =
     num_samples = len(values)
     if num_samples < 2:
         raise ValueError(f"confidence needs 2 samples or more of each data set, but there is {num_samples}.")
-    # How often each sample is drawn, instead of which ones are: one matrix product gives all means.
-    draws = np.random.default_rng(seed).multinomial(num_samples, [1 / num_samples] * num_samples, size=num_resamples)
-    means = draws @ values / num_samples  # (resamples, n)
+    means = _draws(num_samples, seed, num_resamples) @ values / num_samples  # (resamples, n)
     tail = (1 - CONFIDENCE) / 2
     return np.quantile(means, (tail, 1 - tail), axis=0).T
+
+
+@lru_cache(maxsize=8)
+def _draws(num_samples: int, seed: int, num_resamples: int) -> np.ndarray:
+    """
+    How often each sample is drawn in each resample, instead of which ones are, so that one matrix product gives all means:
+    shape `(resamples, samples)`. Kept: a report has many intervals over the same samples.
+    """
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_samples, [1 / num_samples] * num_samples, size=num_resamples).astype(np.float64)
 
 
 def measure_accuracy_drop(accuracies: "BlockSetAccuracies", seed: int = 42) -> BlockScores:

@@ -94,7 +94,7 @@ def score_blocks(
     """
     Importance of each block: the accuracy that leaving it out costs at the otherwise full setting.
 
-    The same scores as those of [`~joint_controller.executor.measure_importance`], which asks one question at a time.
+    The same scores as those of [`~joint_controller.executor.measure_accuracy_drop`], which asks one question at a time.
 
     Args:
         model ([`MolmoForConditionalGeneration`]):

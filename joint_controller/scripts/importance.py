@@ -7,6 +7,7 @@ joint-controller importance --config recipes/embedded_executor/search_blocks.yam
 ```
 """
 
+import argparse
 import datetime
 import json
 import re
@@ -44,17 +45,34 @@ METHODS = {
 }
 
 DESCRIPTION = f"""
-Scores every block by the accuracy that leaving it out costs ({IMPORTANCE}.json), and by how much it changes the hidden
-state, which needs no answers ({HIDDEN_CHANGE}.json); on all samples and on those of each data set
-({IMPORTANCE}_DATASET.json, ...), each with its standard error and a 95 % interval. Any of these files serves other
-commands as `--importance_path`, and a model folder as its importance.json.
+Scores the executor's blocks, and searches for those that can be left out together.
 
-With `--beam_width`, searches for the sets of blocks that do best together, and compares them on another split with blocks
-by either score, the first blocks, and random ones: {COMPARISON}.md, .json and .png, and {SEARCHED_FILE}, which serves as
-`--importance_path`, too: at the numbers of blocks that were searched, its sets run instead of the highest scores.
+Scores: every block by the accuracy that leaving it out costs, and, as a proxy that needs no answers, by how much it
+changes the hidden state; each with its standard error and a 95 % interval. In the output folder:
+
+  {IMPORTANCE}.json, {IMPORTANCE}_DATASET.json        by accuracy drop, on all samples and on those of each data set
+  {HIDDEN_CHANGE}.json, {HIDDEN_CHANGE}_DATASET.json  by the change of the hidden state
+
+Search, with `--beam_width`: blocks are left out one after another, and the best sets of each size are followed. What is
+found is compared on another split with blocks by either score, with the first blocks and with random ones:
+
+  {COMPARISON}.md, {COMPARISON}.json, {COMPARISON}.png  accuracy at each number of blocks
+  {SEARCHED_FILE}                              the sets that were found, beside the scores
+
+Use: any of these scores, and {SEARCHED_FILE}, are what other commands take as `--importance_path`, and a model folder
+as its importance.json. Where a file has a set for a number of blocks, that set runs, else the blocks with the highest scores.
 
 Answers are kept in {ACCURACIES}/ as they come: after an interruption, the same command goes on.
+
+examples:
+  joint-controller importance --config recipes/embedded_executor/importance.yaml
+  joint-controller importance --config recipes/embedded_executor/search_blocks.yaml
+  joint-controller importance --model_path path/to/MolmoE-1B-0924 --dataset_names text_vqa --output_dir outputs/text_vqa
 """
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the description's lines as they are, and shows defaults."""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +120,7 @@ class ImportanceArguments(DatasetArguments):
 
 
 def make_parser() -> ScriptParser:
-    return ScriptParser([ImportanceArguments], description=DESCRIPTION)
+    return ScriptParser([ImportanceArguments], description=DESCRIPTION, formatter_class=_HelpFormatter)
 
 
 @dataclass
