@@ -8,6 +8,10 @@ from transformers import CLIPVisionConfig, OlmoeConfig
 
 REPOSITORY = Path(__file__).parents[1]
 
+# Without a GPU, Triton's kernels are interpreted: to be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The models here are tiny, and `pytest -n` runs one process a core.
 torch.set_num_threads(1)
 

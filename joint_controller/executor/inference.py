@@ -6,6 +6,7 @@ modules as transformers does, is the one that the others are tested against.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -142,9 +143,10 @@ class PlainDecoding:
         self.logits, self.tokens = self.logits[kept], self.tokens[kept]
 
 
-MODES = ("plain", "onednn")
+MODES = ("plain", "onednn", "captured")
 """
-Ways to compute a Molmo, by name: `"plain"` runs its modules, anywhere; `"onednn"` is [`CpuInference`], on a CPU in float32.
+Ways to compute a Molmo, by name: `"plain"` runs its modules, anywhere; `"onednn"` is [`CpuInference`], on a CPU in float32;
+`"captured"` is [`~executor.captured.CapturedInference`], on a CUDA device, with Triton.
 """
 
 
@@ -156,16 +158,24 @@ def load_inference(model: MolmoForConditionalGeneration, mode: str | None = None
         model ([`MolmoForConditionalGeneration`]):
             The model, on its device and in its precision. Its weights must not change afterwards.
         mode (`str`, *optional*):
-            One of `MODES`. Defaults to `"onednn"` on a CPU in float32, where torch has oneDNN, else `"plain"`.
+            One of `MODES`. Defaults to `"captured"` on a CUDA device, where Triton is installed and the model is a
+            MolmoE, to `"onednn"` on a CPU in float32, where torch has oneDNN, else to `"plain"`.
 
     Returns:
         `tuple[str, Inference]`: The mode, and the model in that mode.
 
     Raises:
         ValueError: If there is no such mode, or not for this model.
+        ImportError: If the mode needs Triton, and it is not installed.
     """
-    if mode is None:
-        mode = "onednn" if CpuInference.supports(model) else "plain"
-    if mode not in MODES:
+    if mode not in (None, *MODES):
         raise ValueError(f"`mode` is '{mode}': choose one of {list(MODES)}.")
-    return mode, PlainInference(model) if mode == "plain" else CpuInference(model)
+    if mode == "captured" or (mode is None and model.device.type == "cuda" and find_spec("triton") is not None):
+        # Imported here: it imports Triton, which CPU builds of torch come without.
+        from .captured import CapturedInference
+
+        if mode == "captured" or CapturedInference.supports(model):
+            return "captured", CapturedInference(model)
+    if mode == "onednn" or (mode is None and CpuInference.supports(model)):
+        return "onednn", CpuInference(model)
+    return "plain", PlainInference(model)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import statistics
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,9 @@ class MolmoExecutor:
         mode (`str`, *optional*):
             How the model is computed: one of `MODES` in `executor.inference`, all of which give the same answers.
             Defaults to the fastest one for the model's device and precision.
+        max_batch_tokens (`int`, *optional*, defaults to 16,384):
+            Most tokens of the prompts that go through the model together, which bounds the memory that they take. A
+            batch that does not fit in a GPU's memory all the same is answered in two parts, with a warning.
 
     Raises:
         ValueError: If the knob space is outside what the model has, the importance scores name a block that it does not
@@ -145,8 +149,14 @@ class MolmoExecutor:
         num_workers: int = 1,
         vision_cache_bytes: int = 512 * 2**20,
         mode: str | None = None,
+        max_batch_tokens: int = 16384,
     ):
-        counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_workers": num_workers}
+        counts = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "max_batch_tokens": max_batch_tokens,
+        }
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is {value}: give 1 or more.")
@@ -161,6 +171,7 @@ class MolmoExecutor:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.vision_cache_bytes = vision_cache_bytes
+        self.max_batch_tokens = max_batch_tokens
         self._encoded: OrderedDict[tuple[str, str], EncodedSample] = OrderedDict()
         self._encoded_bytes = 0
         # Questions about one image share its features, as long as one of them is kept.
@@ -373,13 +384,17 @@ class MolmoExecutor:
         with ThreadPoolExecutor(self.num_workers) as pool:
             # A few at a time, so that not all pixels are in memory at once. Images are cut in this thread: the tokenizer
             # cannot be used by two.
-            for group in _split(list(missing.values()), 4 * self.num_workers):
+            group_size = self.batch_size if self.mode == "captured" else 4 * self.num_workers
+            for group in _split(list(missing.values()), group_size):
                 inputs = [self._process(sample, tier) for sample in group]
                 digests = [_digest(one) for one in inputs]
                 features = {digest: self._features_of_image.get(digest) for digest in digests}
                 unseen = {digest: one for digest, one in zip(digests, inputs, strict=True) if features[digest] is None}
-                # Each image goes through the tower by itself: the rounding of a batch may depend on its size.
-                features.update(zip(unseen, pool.map(self._image_features, unseen.values()), strict=True))
+                if self.mode == "captured" and len(unseen) > 1:
+                    features.update(zip(unseen, self._features_of_images(list(unseen.values())), strict=True))
+                else:
+                    # Each image goes through the tower by itself: the rounding of a batch may depend on its size.
+                    features.update(zip(unseen, pool.map(self._image_features, unseen.values()), strict=True))
                 for sample, one, digest in zip(group, inputs, digests, strict=True):
                     self._features_of_image[digest] = features[digest]
                     found[sample.sample_id] = self._encoded_sample(one, features[digest])
@@ -398,7 +413,15 @@ class MolmoExecutor:
     @torch.inference_mode()  # entered by each thread for itself
     def _image_features(self, inputs: BatchFeature) -> torch.Tensor:
         """Features of one image that enter the sequence: `(N, hidden)`."""
-        features = self._inference.image_features(inputs["pixel_values"], inputs["image_masks"])
+        return self._entering(inputs, self._inference.image_features(inputs["pixel_values"], inputs["image_masks"]))
+
+    def _features_of_images(self, inputs: Sequence[BatchFeature]) -> list[torch.Tensor]:
+        """As `_image_features`, for several images: their views share passes of the tower."""
+        features = self._inference.features_of_images([(one["pixel_values"], one["image_masks"]) for one in inputs])
+        return [self._entering(one, its_features) for one, its_features in zip(inputs, features, strict=True)]
+
+    def _entering(self, inputs: BatchFeature, features: torch.Tensor) -> torch.Tensor:
+        """Those of an image's features `(V, T, hidden)` that enter the sequence: `(N, hidden)`."""
         (enters,) = (inputs["image_input_idx"].flatten() >= 0).nonzero(as_tuple=True)
         return features.flatten(0, 1)[enters.to(self.device)]
 
@@ -422,17 +445,22 @@ class MolmoExecutor:
             self._encoded_bytes -= oldest.num_bytes
 
     @torch.inference_mode()  # entered by each thread for itself
-    def generate(self, encoded: Sequence[EncodedSample], top_k: int, active_blocks: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self,
+        encoded: Sequence[EncodedSample],
+        top_k: int | Sequence[int],
+        active_blocks: Sequence[int] | Sequence[Sequence[int]],
+    ) -> list[list[int]]:
         """
         Decodes the answers to a batch of prompts greedily.
 
         Args:
             encoded (`Sequence[EncodedSample]`):
                 Prompts, of any length.
-            top_k (`int`):
-                Experts per token.
-            active_blocks (`Sequence[int]`):
-                Blocks that run, ascending.
+            top_k (`int` or `Sequence[int]`):
+                Experts per token. In the mode `"captured"` each prompt may have its own.
+            active_blocks (`Sequence[int]` or `Sequence[Sequence[int]]`):
+                Blocks that run, ascending. In the mode `"captured"` each prompt may have its own.
 
         Returns:
             `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
@@ -477,7 +505,7 @@ class MolmoExecutor:
         progress: bool = False,
     ) -> list[ExecutorOutput]:
         """
-        Answers requests, those of one setting together. An answer does not depend on the other requests (in float32;
+        Answers requests, those of one setting together, or, in the mode `"captured"`, of any settings. An answer does not depend on the other requests (in float32;
         bfloat16 kernels round differently for different batch shapes, so that a near tie may fall either way).
 
         Args:
@@ -529,40 +557,83 @@ class MolmoExecutor:
     ) -> Iterator[dict[int, ExecutorOutput]]:
         """Answers the requests at the given positions, all of one tier, and yields the outputs of each batch."""
         encoded = dict(zip(positions, self.encode([requests[p] for p in positions], tier), strict=True))
-        by_setting: dict[tuple[KnobSetting, tuple[int, ...]], list[int]] = {}
+        blocks = {
+            p: tuple(self.active_blocks(requests[p].setting.num_blocks, requests[p].sample_id)) for p in positions
+        }
         # Prompts of similar length share a batch: little padding.
-        for position in sorted(positions, key=lambda p: len(encoded[p].input_ids)):
-            request = requests[position]
-            active_blocks = tuple(self.active_blocks(request.setting.num_blocks, request.sample_id))
-            by_setting.setdefault((request.setting, active_blocks), []).append(position)
-        by_top_k: dict[int, list[tuple[KnobSetting, tuple[int, ...], list[int]]]] = {}
-        for (setting, active_blocks), members in by_setting.items():
-            batches = _split(members, self.batch_size)
-            by_top_k.setdefault(setting.top_k, []).extend((setting, active_blocks, batch) for batch in batches)
+        positions = sorted(positions, key=lambda p: len(encoded[p].input_ids))
 
-        def answer(task: tuple[KnobSetting, tuple[int, ...], list[int]]) -> list[list[int]]:
-            setting, active_blocks, batch = task
-            return self.generate([encoded[position] for position in batch], setting.top_k, active_blocks)
+        def answer(batch: list[int]) -> list[list[int]]:
+            prompts = [encoded[position] for position in batch]
+            if self.mode == "captured":
+                top_k = [requests[position].setting.top_k for position in batch]
+                return self.generate(prompts, top_k, [blocks[position] for position in batch])
+            return self.generate(prompts, requests[batch[0]].setting.top_k, blocks[batch[0]])
 
-        for top_k, tasks in by_top_k.items():
+        def outputs(batch: list[int], answers: list[list[int]]) -> dict[int, ExecutorOutput]:
+            return {
+                position: ExecutorOutput(
+                    sample_id=requests[position].sample_id,
+                    setting=requests[position].setting,
+                    answer=self.decode(tokens),
+                    num_views=encoded[position].num_views,
+                    vision_tokens=encoded[position].vision_tokens,
+                    text_tokens=len(encoded[position].input_ids) - encoded[position].vision_tokens,
+                    output_tokens=len(tokens),
+                )
+                for position, tokens in zip(batch, answers, strict=True)
+            }
+
+        if self.mode == "captured":
+            for batch in self._batches(positions, encoded):
+                yield outputs(batch, self._answer_or_split(answer, batch))
+            return
+        by_setting: dict[tuple[KnobSetting, tuple[int, ...]], list[int]] = {}
+        for position in positions:
+            by_setting.setdefault((requests[position].setting, blocks[position]), []).append(position)
+        by_top_k: dict[int, list[list[int]]] = {}
+        for (setting, _), members in by_setting.items():
+            by_top_k.setdefault(setting.top_k, []).extend(self._batches(members, encoded))
+        for top_k, batches in by_top_k.items():
             # The modules' routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
             with (
                 self.model.model.language_model.experts_per_token(top_k),
                 ThreadPoolExecutor(self.num_workers) as pool,
             ):
-                for (setting, _, batch), answers in zip(tasks, pool.map(answer, tasks), strict=True):
-                    yield {
-                        position: ExecutorOutput(
-                            sample_id=requests[position].sample_id,
-                            setting=setting,
-                            answer=self.decode(tokens),
-                            num_views=encoded[position].num_views,
-                            vision_tokens=encoded[position].vision_tokens,
-                            text_tokens=len(encoded[position].input_ids) - encoded[position].vision_tokens,
-                            output_tokens=len(tokens),
-                        )
-                        for position, tokens in zip(batch, answers, strict=True)
-                    }
+                answers = pool.map(lambda batch: self._answer_or_split(answer, batch), batches)
+                for batch, its_answers in zip(batches, answers, strict=True):
+                    yield outputs(batch, its_answers)
+
+    def _batches(self, positions: Sequence[int], encoded: Mapping[int, EncodedSample]) -> list[list[int]]:
+        """The positions in batches, in order, of at most `batch_size` prompts and `max_batch_tokens` tokens."""
+        batches: list[list[int]] = []
+        num_tokens = 0
+        for position in positions:
+            num_tokens += len(encoded[position].input_ids)
+            if not batches or len(batches[-1]) == self.batch_size or num_tokens > self.max_batch_tokens:
+                batches.append([])
+                num_tokens = len(encoded[position].input_ids)
+            batches[-1].append(position)
+        return batches
+
+    def _answer_or_split(self, answer: Callable[[list[int]], list[list[int]]], batch: list[int]) -> list[list[int]]:
+        """The answers to a batch, in two parts if it does not fit in the device's memory."""
+        try:
+            return answer(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        # Out of the handler, which holds on to the tensors of the attempt.
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"a batch of {len(batch)} requests did not fit in the memory of {self.device}: it is answered in two parts. "
+            "A smaller `batch_size` or `max_batch_tokens` saves the time of trying."
+        )
+        middle = len(batch) // 2
+        return [
+            *self._answer_or_split(answer, batch[:middle]),
+            *self._answer_or_split(answer, batch[middle:]),
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer's tokens."""
@@ -601,6 +672,11 @@ class MolmoExecutor:
             raise ValueError(f"setting '{request.setting}' is outside the knob space {self.knob_space.to_dict()}.")
         if repeats < 1 or warmup < 0:
             raise ValueError(f"`repeats` is {repeats} and `warmup` is {warmup}: give 1 or more and 0 or more.")
+        if self.mode == "captured":
+            # What is still to be captured is no part of the request.
+            inputs = self._process(request, request.setting.tier)
+            num_views, length = inputs["pixel_values"].shape[1], inputs["input_ids"].shape[1]
+            self._inference.prepare(num_views, length, request.setting.num_blocks)
         runs = [self._time_once(request, decode_steps, controller) for _ in range(warmup + repeats)][warmup:]
         return replace(
             runs[0],

@@ -391,3 +391,35 @@ def test_a_model_that_is_neither_folder_nor_hub_name_is_refused_before_any_downl
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is a folder without a config.json"):
         MolmoExecutor.from_pretrained(tmp_path)
+
+
+def test_batches_stay_within_their_tokens_and_change_no_answer(executor, tiny_molmo, tiny_processor, requests):
+    few = MolmoExecutor(
+        tiny_molmo, tiny_processor, executor.knob_space, max_new_tokens=6, batch_size=16, max_batch_tokens=150
+    )
+    batches = []
+    assert few.run(requests, on_batch=batches.append) == executor.run(requests)
+    tokens = [[output.vision_tokens + output.text_tokens for output in batch] for batch in batches]
+    assert all(sum(batch) <= 150 or len(batch) == 1 for batch in tokens)
+    assert max(map(len, tokens)) > 1, "no batch: the test shows nothing"
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_split_with_a_warning(executor, requests, monkeypatch):
+    expected = executor.run(requests)
+    generate = executor.generate
+
+    def generate_two_at_most(encoded, *knobs):
+        if len(encoded) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(encoded, *knobs)
+
+    monkeypatch.setattr(executor, "generate", generate_two_at_most)
+    with pytest.warns(UserWarning, match="a batch of 4 requests did not fit in the memory of cpu"):
+        assert executor.run(requests) == expected
+
+    def generate_nothing(encoded, *knobs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(executor, "generate", generate_nothing)
+    with pytest.raises(torch.OutOfMemoryError):
+        executor.run(requests[:1])
