@@ -260,7 +260,7 @@ def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str
     def most_frequent(values: Counter[str]) -> str:
         total = values.total()
         shares = [
-            f"{_shorten(value, MAX_VALUE_LENGTH)} {count / total:.0%}"
+            f"{_shorten(value, MAX_VALUE_LENGTH)} ({count / total:.0%})"
             for value, count in values.most_common(MAX_VALUES)
         ]
         return " · ".join([*shares, *(["…"] if len(values) > MAX_VALUES else [])])

@@ -47,17 +47,22 @@ def score_answer(metric: str, prediction: str, answers: Sequence[str]) -> float:
     return SCORES[metric](prediction, answers)
 
 
-def check_metrics(metrics: Iterable[str]) -> None:
+def check_metrics(metrics: Iterable[str], sample_ids: Iterable[str]) -> None:
     """
-    Refuses metrics by which no answer can be scored, so that a run fails before its first answer.
+    Refuses rows that cannot be scored because of their metric, so that a run fails before its first answer.
 
     Args:
         metrics (`Iterable[str]`):
-            Values of the column `metric`.
+            Column `metric` of some rows.
+        sample_ids (`Iterable[str]`):
+            Column `sample_id` of the same rows.
 
     Raises:
         ValueError: If a metric is unknown.
         ModuleNotFoundError: If a metric needs a package that is not installed.
     """
-    for metric in metrics:
-        score_answer(metric, "0", ["0"])
+    for metric, sample_id in dict(zip(metrics, sample_ids, strict=True)).items():
+        try:
+            score_answer(metric, "0", ["0"])
+        except (ValueError, ModuleNotFoundError) as error:
+            raise type(error)(f"sample '{sample_id}', column 'metric': {error}") from error

@@ -55,7 +55,11 @@ class BenchDataArguments:
 
     num_images: int = field(default=200, metadata={"help": "Images that are timed."})
     num_rows: int = field(
-        default=5000, metadata={"help": "Rows that are read and preprocessed while memory is watched. 0: none."}
+        default=5000,
+        metadata={
+            "help": "Rows that are read and preprocessed while memory is watched. 0: none. A row of 640×480 pixels takes "
+            "0.3 MB in the folder for temporary files."
+        },
     )
     image_size: list[int] = field(
         default_factory=lambda: [640, 480], metadata={"help": "Width and height of the images, in pixels."}
@@ -176,7 +180,10 @@ def _write_images(path: Path, num_rows: int, image_size: list[int]) -> int:
 
 
 def _make_jpeg(seed: int, width: int, height: int) -> bytes:
-    """Colour noise with the spectrum of a photograph (amplitude falls as 1 / frequency), so that a file is about as large."""
+    """
+    Colour noise with the spectrum of a photograph (amplitude falls as 1 / frequency). At 640×480 pixels a file has 153 kB,
+    as much as one of COCO's does on average (18 GB of 118,000 training images).
+    """
     from PIL import Image
 
     generator = np.random.default_rng(seed)
@@ -187,7 +194,7 @@ def _make_jpeg(seed: int, width: int, height: int) -> bytes:
     pixels = 128 + 48 * noise / noise.std(axis=(1, 2), keepdims=True)
     encoded = io.BytesIO()
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
-    image.save(encoded, "JPEG", quality=90)
+    image.save(encoded, "JPEG", quality=85)
     return encoded.getvalue()
 
 

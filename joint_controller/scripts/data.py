@@ -55,11 +55,12 @@ def main(script_args: "TrainArguments", training_args: "JointGRPOConfig"):
     output_dir.mkdir(parents=True, exist_ok=True)
     skipped_rows = open_skipped_rows(script_args, output_dir)
     datasets = _load_datasets(script_args, training_args.seed, skipped_rows)
+    for dataset in datasets.values():
+        check_metrics(dataset["metric"], dataset["sample_id"])
     parts = [
         DataPart(name, split, role, describe_dataset(dataset, processor, knob_space.tier_crops, max_prompt_tokens))
         for (name, role, split), dataset in datasets.items()
     ]
-    check_metrics({metric for part in parts for metric in part.statistics.metrics})
     training_datasets = [dataset for (_, role, _), dataset in datasets.items() if role == "train"]
     num_train = sum(map(len, training_datasets))
     samples = _draw_samples(training_datasets, training_args.seed)

@@ -124,16 +124,20 @@ def load_split(
             What [`open_skipped_rows`] gives.
 
     Raises:
-        ValueError: As [`~joint_controller.data.load_vqa_datasets`] does.
+        ValueError: As [`~joint_controller.data.load_vqa_datasets`] does, and if a row names a metric that does not exist.
+        ModuleNotFoundError: If a row's metric needs a package that is not installed.
     """
     from accelerate import PartialState
 
     from ..data import load_vqa_datasets
+    from ..evaluation.scoring import check_metrics
 
     with PartialState().local_main_process_first():
-        return load_vqa_datasets(
+        dataset = load_vqa_datasets(
             args.dataset_names, split, max_samples, seed, weights=args.dataset_weights, skipped_rows=skipped_rows
         )
+    check_metrics(dataset["metric"], dataset["sample_id"])
+    return dataset
 
 
 def load_data_splits(

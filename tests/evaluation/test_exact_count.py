@@ -59,5 +59,7 @@ def test_scores():
     assert count_score("3", ["two"]) == 0.0
     assert count_score("twelve", ["11", "12"]) == 1.0
     assert count_score("I cannot tell", ["0"]) == 0.0
-    with pytest.raises(ValueError, match="the reference 'a few' is no count"):
-        count_score("3", ["3", "a few"])
+    assert count_score("3", ["", "3", "a few"]) == 1.0
+    assert count_score("a few", ["3", "a few"]) == 0.0
+    with pytest.raises(ValueError, match="none of the references .'', 'a few'. is a count"):
+        count_score("3", ["", "a few"])

@@ -66,9 +66,10 @@ def test_an_unknown_metric_is_refused_with_those_that_there_are():
 
 
 def test_metrics_are_checked_before_the_first_answer(monkeypatch):
-    check_metrics([name for name in SCORES if name != "cider"])
-    with pytest.raises(ValueError, match="there is no metric 'accuracy'"):
-        check_metrics(["anls", "accuracy"])
+    names = [name for name in SCORES if name != "cider"]
+    check_metrics(names * 2, map(str, range(2 * len(names))))
+    with pytest.raises(ValueError, match="sample 'b', column 'metric': there is no metric 'accuracy'"):
+        check_metrics(["anls", "accuracy", "anls"], ["a", "b", "c"])
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
     with pytest.raises(ModuleNotFoundError, match="captions"):
-        check_metrics(["anls", "cider"])
+        check_metrics(["anls", "cider"], ["a", "b"])

@@ -97,7 +97,7 @@ def test_rows_of_ones_own_with_bad_and_too_long_ones(tmp_path, capsys, monkeypat
         in (" ".join(shown.split()))
     )
     assert "Rows that were left out: 1 of 1" in shown
-    assert "[red]count[/red] 100%" in shown  # text of the data is no markup
+    assert "[red]count[/red] (100%)" in shown  # text of the data is no markup
     markdown = (output_dir / "data_report.md").read_text(encoding="utf-8")
     assert "how many stars \\| circles" in markdown
 
@@ -140,4 +140,4 @@ def test_a_metric_that_does_not_exist_is_refused(tmp_path, capsys):
     rows = own_rows(3)
     rows[0]["metric"] = "accuracy"
     assert run(tmp_path / "report", "--dataset_names", save(tmp_path, rows)) == 2
-    assert "there is no metric 'accuracy'" in capsys.readouterr().err
+    assert "sample 'own-0', column 'metric': there is no metric 'accuracy'" in capsys.readouterr().err

@@ -20,7 +20,8 @@ an answer is read as follows:
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): Answers.
-    references (`list[list[str]]`): For each answer the right count, in digits or words. Any of several will do.
+    references (`list[list[str]]`): For each answer the right count, in digits or words. Any of several will
+        do; those that are no counts are left out, but one must be.
     per_sample (`bool`, *optional*, defaults to `False`): Whether to return the score of each prediction, too.
 
 Returns:
@@ -119,16 +120,16 @@ def count_score(prediction: str, references: Sequence[str]) -> float:
             The right counts.
 
     Raises:
-        ValueError: If there is no reference, `references` is one string, or a reference is no count.
+        ValueError: If there is no reference, `references` is one string, or no reference is a count.
     """
     if isinstance(references, str):
         raise ValueError(f"`references` is the string {references!r}: give a list of answers.")
     if len(references) == 0:
         raise ValueError(f"there is no reference for the answer {prediction!r}: give at least one.")
-    counts = [parse_count(reference) for reference in references]
-    if None in counts:
+    counts = {parse_count(reference) for reference in references} - {None}
+    if not counts:
         raise ValueError(
-            f"the reference {references[counts.index(None)]!r} is no count: give a whole number, in digits or in words."
+            f"none of the references {list(references)} is a count: give a whole number, in digits or words."
         )
     return float(parse_count(prediction) in counts)
 
