@@ -8,6 +8,7 @@ import evaluate
 import pytest
 
 from joint_controller import evaluation
+from joint_controller.data import VQA_DATASETS
 from joint_controller.evaluation.scoring import SCORES, check_metrics, score_answer
 
 
@@ -48,10 +49,16 @@ def test_each_metric_loads_offline_and_averages_its_scores(metric_name, monkeypa
     assert result == {metric_name: sum(scores) / 2, "scores": scores}
 
 
-def test_metrics_combine():
-    names = [name for name in SCORES if name not in ("cider", "exact_count")]  # these take captions and counts
+def test_all_metrics_combine():
+    names = [name for name in SCORES if name != "cider" or find_spec("pycocoevalcap") is not None]
     combined = evaluate.combine([load(name) for name in names])
-    assert combined.compute(predictions=["b", "2"], references=[["B"], ["3"]]) == dict.fromkeys(names, 0.5)
+    result = combined.compute(predictions=["2", "3"], references=[["2"], ["4"]])
+    # CIDEr-D of two equal captions of one word: their n-grams agree for one n of four, times 10.
+    assert result == {name: 1.25 if name == "cider" else 0.5 for name in names}
+
+
+def test_every_published_data_set_has_a_metric_that_exists():
+    assert {dataset.metric for dataset in VQA_DATASETS.values()} <= set(SCORES)
 
 
 @pytest.mark.parametrize(("references", "message"), [([], "no reference"), ("yes", "give a list of answers")])
