@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,6 @@ class BlockSetAccuracies:
                     f"two samples have the id '{sample['sample_id']}': name each data set once, and give each row its own id."
                 )
             self._references.append((sample["metric"], sample["answers"]))
-        self._encoded: list[EncodedSample] = []
         self._accuracies: dict[tuple[int, ...], np.ndarray] = {}  # NaN where a sample was not answered yet
         self._path = None if path is None else Path(path)
         if self._path is not None:
@@ -143,10 +143,9 @@ class BlockSetAccuracies:
         return self._accuracies.setdefault(tuple(blocks), np.full(len(self._samples), np.nan))
 
     def _answer(self, block_sets: Sequence[tuple[int, ...]], bar: tqdm) -> None:
-        if not self._encoded:
-            self._encode()
+        encoded = self.encoded
         # Prompts of similar length share a batch: little padding.
-        order = np.argsort([len(encoded.input_ids) for encoded in self._encoded], kind="stable")
+        order = np.argsort([len(sample.input_ids) for sample in encoded], kind="stable")
         unwritten: list[tuple[tuple[int, ...], int]] = []
         written_at = time.monotonic()
         try:
@@ -155,7 +154,7 @@ class BlockSetAccuracies:
                 missing = order[np.isnan(known[order])]
                 for start in range(0, len(missing), self.executor.batch_size):
                     batch = missing[start : start + self.executor.batch_size].tolist()
-                    prompts = [self._encoded[row] for row in batch]
+                    prompts = [encoded[row] for row in batch]
                     answers = self.executor.generate(prompts, self._setting.top_k, blocks)
                     for row, tokens in zip(batch, answers, strict=True):
                         metric, references = self._references[row]
@@ -169,7 +168,10 @@ class BlockSetAccuracies:
         finally:
             self._write_shard(unwritten)
 
-    def _encode(self) -> None:
+    @cached_property
+    def encoded(self) -> "list[EncodedSample]":
+        """The samples as the executor takes them, encoded when first asked for."""
+        encoded = []
         hidden = None if self._progress else True
         with tqdm(total=len(self._samples), desc="Encoding images", unit="sample", disable=hidden) as bar:
             for start in range(0, len(self._samples), self.executor.batch_size):
@@ -179,8 +181,9 @@ class BlockSetAccuracies:
                     ExecutorRequest(row["sample_id"], row["image"], row["question"], row["style"], self._setting)
                     for row in rows
                 ]
-                self._encoded += self.executor.encode(requests, self._setting.tier)
+                encoded += self.executor.encode(requests, self._setting.tier)
                 bar.update(len(rows))
+        return encoded
 
     def _write_shard(self, measured: Sequence[tuple[tuple[int, ...], int]]) -> None:
         """Written whole or not at all, under a name of its own: the folder can be read after a kill, and shared."""

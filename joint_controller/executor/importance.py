@@ -12,12 +12,10 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .requests import ExecutorRequest
-
 
 if TYPE_CHECKING:
     from .block_accuracy import BlockSetAccuracies
-    from .molmo_executor import MolmoExecutor
+    from .molmo_executor import EncodedSample, MolmoExecutor
 
 
 NUM_RESAMPLES = 2000
@@ -237,7 +235,7 @@ def measure_accuracy_drop(accuracies: "BlockSetAccuracies", seed: int = 42) -> B
 
 @torch.inference_mode()
 def measure_hidden_change(
-    executor: "MolmoExecutor", samples: Sequence[Mapping[str, Any]], seed: int = 42, progress: bool = False
+    executor: "MolmoExecutor", encoded: "Sequence[EncodedSample]", seed: int = 42, progress: bool = False
 ) -> BlockScores:
     """
     Scores every block by how much it changes the hidden state, which one prefill of each sample tells, with all blocks and
@@ -251,8 +249,8 @@ def measure_hidden_change(
     Args:
         executor ([`MolmoExecutor`]):
             Executor to measure. Its modules run as they are, whatever its mode, one prompt at a time.
-        samples (`Sequence[dict]`):
-            Rows with the columns `sample_id`, `image`, `question` and `style`. Answers are not needed.
+        encoded (`Sequence[EncodedSample]`):
+            Prompts with their images, as [`MolmoExecutor.encode`] or [`BlockSetAccuracies.encoded`] gives them.
         seed (`int`, *optional*, defaults to 42):
             Seed of the bootstrap.
         progress (`bool`, *optional*, defaults to `False`):
@@ -264,7 +262,6 @@ def measure_hidden_change(
     Raises:
         ValueError: If there are fewer than 2 samples.
     """
-    setting = executor.knob_space.full
     changes: list[float] = []
 
     def measure(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -274,18 +271,16 @@ def measure_hidden_change(
     layers = executor.model.model.language_model.layers
     hooks = [layer.register_forward_hook(measure) for layer in layers]
     try:
-        for row in tqdm(samples, desc="Prefilling", unit="sample", disable=None if progress else True):
-            request = ExecutorRequest(row["sample_id"], row["image"], row["question"], row["style"], setting)
-            [encoded] = executor.encode([request], setting.tier)
+        for sample in tqdm(encoded, desc="Prefilling", unit="sample", disable=None if progress else True):
             executor.model(
-                input_ids=encoded.input_ids[None],
-                image_features=encoded.image_features[None, None],
-                image_input_idx=encoded.image_input_idx[None, None],
-                top_k=setting.top_k,
+                input_ids=sample.input_ids[None],
+                image_features=sample.image_features[None, None],
+                image_input_idx=sample.image_input_idx[None, None],
+                top_k=executor.knob_space.full.top_k,
                 use_cache=False,
                 logits_to_keep=1,
             )
     finally:
         for hook in hooks:
             hook.remove()
-    return BlockScores(np.array(changes).reshape(len(samples), len(layers)), seed)
+    return BlockScores(np.array(changes).reshape(len(encoded), len(layers)), seed)

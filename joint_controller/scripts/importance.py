@@ -57,7 +57,7 @@ Search, with `--beam_width`: blocks are left out one after another, and the best
 found is compared on another split with blocks by either score, with the first blocks and with random ones:
 
   {COMPARISON}.md, {COMPARISON}.json, {COMPARISON}.png  accuracy at each number of blocks
-  {SEARCHED_FILE}                              the sets that were found, beside the scores
+  {SEARCHED_FILE}                            the sets that were found, beside the scores
 
 Use: any of these scores, and {SEARCHED_FILE}, are what other commands take as `--importance_path`, and a model folder
 as its importance.json. Where a file has a set for a number of blocks, that set runs, else the blocks with the highest scores.
@@ -187,7 +187,7 @@ def main(args: ImportanceArguments) -> None:
     )
 
     scores = {
-        HIDDEN_CHANGE: measure_hidden_change(executor, scored.samples, args.seed, progress=True),
+        HIDDEN_CHANGE: measure_hidden_change(executor, scored.accuracies.encoded, args.seed, progress=True),
         IMPORTANCE: measure_accuracy_drop(scored.accuracies, args.seed),
     }
     searched = search_blocks(scored.accuracies, counts, args.beam_width) if counts else None
@@ -262,7 +262,7 @@ def _load(
         rows_of[name] = range(start, start + len(part))
         start += len(part)
     samples = concatenate_datasets(list(parts.values()))
-    check_metrics(samples.unique("metric"))
+    check_metrics(samples["metric"], samples["sample_id"])
     store = Path(args.output_dir) / ACCURACIES
     accuracies = BlockSetAccuracies(executor, samples, score_answer, store, progress=True)
     return MeasuredSplit(split, samples, rows_of, accuracies)
