@@ -26,11 +26,13 @@ class ExecutorArguments:
         default="embedded",
         metadata={"help": "Executor: a folder or Hub name of a Molmo, or `embedded` for the one that ships."},
     )
-    importance_path: str | None = field(
+    importance_path: dict | str | None = field(
         default=None,
         metadata={
-            "help": "JSON of block importance scores. By default importance.json in the model folder; without one, the "
-            "first blocks run."
+            "help": "JSON of block importance scores, or of searched sets of blocks, that `joint-controller importance` writes. "
+            "In a recipe also one for each data set, by the beginning of its sample ids, and one for all others: "
+            "`{easy_vqa: a.json, default: b.json}`. By default importance.json in the model folder; without one, the first "
+            "blocks run."
         },
     )
     latency_estimator_path: str | None = field(
@@ -90,6 +92,10 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
         if args.num_threads < 1:
             raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
         torch.set_num_threads(args.num_threads)
+    if isinstance(args.importance_path, dict):
+        for dataset, path in args.importance_path.items():
+            if not isinstance(path, str):
+                raise ValueError(f"`importance_path` gives {path!r} for data set '{dataset}': give the path of a JSON file.")
     executor = MolmoExecutor.from_pretrained(
         args.model_path,
         importance=args.importance_path,
@@ -97,7 +103,7 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
         batch_size=args.executor_batch_size,
         num_workers=args.executor_workers,
     )
-    executor.knob_space = _knob_space(args, executor.model.config)
+    executor.knob_space = knob_space_of(args, executor.model.config)
     return executor
 
 
@@ -119,10 +125,16 @@ def load_executor_inputs(args: ExecutorArguments) -> "tuple[MolmoConfig, MolmoPr
             "(org/name), or 'embedded'."
         )
     config = MolmoConfig.from_pretrained(path)
-    return config, MolmoProcessor.from_pretrained(path), _knob_space(args, config)
+    return config, MolmoProcessor.from_pretrained(path), knob_space_of(args, config)
 
 
-def _knob_space(args: ExecutorArguments, config: "MolmoConfig") -> "KnobSpace":
+def knob_space_of(args: ExecutorArguments, config: "MolmoConfig") -> "KnobSpace":
+    """
+    The knob space of an executor with the values that the fields `tiers`, `top_k_values` and `num_blocks_values` ask for.
+
+    Raises:
+        ValueError: If the executor lacks a value.
+    """
     from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
 
     tier_crops = None
