@@ -12,6 +12,8 @@ from .modeling_latency_estimator import (
     embedded_latency_estimator_path,
 )
 from .modeling_original_estimator import OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel
+from .profile_inputs import make_profile_inputs
+from .profile_report import repeatability, write_profile_report
 from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
 
@@ -34,9 +36,12 @@ __all__ = [
     "format_model_card",
     "load_profile",
     "make_profile",
+    "make_profile_inputs",
     "plot_fit",
     "profile_executor",
     "read_latency_estimator",
+    "repeatability",
     "report_errors",
     "save_profile",
+    "write_profile_report",
 ]

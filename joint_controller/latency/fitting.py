@@ -415,6 +415,7 @@ def _config_of(profile: Dataset, num_units: int) -> LatencyEstimatorConfig:
     return LatencyEstimatorConfig(
         formula_version=2,
         num_units=num_units,
+        prefill_lengths=profile["prefill_lengths"][0],
         fitted_knobs={
             "tier": [tier for tier in TIERS if tier in set(profile["tier"])],
             "top_k": sorted(set(profile["top_k"])),

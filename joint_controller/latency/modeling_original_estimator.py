@@ -198,11 +198,11 @@ class OriginalLatencyEstimatorModel(PreTrainedModel):
         position = torch.arange(len(request), device=self.device) - first_row[request]
         estimate = self(**{name: values[request] for name, values in counts.items()}, position=position)
         latency_ms = estimate.prefill_ms[first_row].index_add(0, request, estimate.decode_ms_per_token)
-        if not (estimate.prefill_ms > 0).all() or not (estimate.decode_ms_per_token > 0).all():
+        if not (latency_ms > 0).all():
+            row = int(latency_ms.argmin())
             raise ValueError(
-                f"the original latency estimator gives a prefill of {estimate.prefill_ms.min():.3f} ms and a decode step of "
-                f"{estimate.decode_ms_per_token.min():.3f} ms, which are no times: its file may lack the statistics that its "
-                "inputs or outputs were scaled by."
+                f"the original latency estimator gives {latency_ms[row]:.3f} ms for a request at {settings[row]}, which is no "
+                "time: its file may lack the statistics that its inputs or outputs were scaled by."
             )
         return latency_ms
 

@@ -1,5 +1,6 @@
 """The table that profiling writes and fitting reads: one row a measurement."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ PROFILE_FEATURES = Features(
         "output_tokens": Value("int32"),
         **{name: Value("float64") for stage in TIME_COLUMNS for name in (stage, f"{stage}_spread")},
         "decode_ms": List(Value("float64")),
+        "prefill_lengths": List(Value("int32")),
         "num_repeats": Value("int32"),
         "repeats_disagree": Value("bool"),
         **{column: Value("string") for column in MACHINE_COLUMNS},
@@ -61,6 +63,7 @@ NULLABLE_COLUMNS = (
     "decode_ms_per_token",  # null, too, where the answer ended with its first token
     "decode_ms",
     *(f"{stage}_spread" for stage in TIME_COLUMNS),
+    "prefill_lengths",
     "num_repeats",
     "repeats_disagree",
 )
@@ -71,6 +74,7 @@ _LATER_COLUMNS = (
     "controller_ms",
     "controller_ms_spread",
     "decode_ms",
+    "prefill_lengths",
     "repeats_disagree",
     "driver_version",
     "executor_mode",
@@ -214,8 +218,12 @@ def check_one_machine(profile: Dataset, name: str = "the profile"):
         if len(values) > 1:
             raise ValueError(
                 f"{name} mixes measurements: `{column}` is {values[0]!r} in some rows and {values[1]!r} in others. "
-                "Fit to one executor on one machine at a time."
+                "Take one executor on one machine at a time."
             )
+    if len({json.dumps(lengths) for lengths in profile["prefill_lengths"]}) > 1:
+        raise ValueError(
+            f"{name} mixes measurements: prompts are padded to other lengths (`prefill_lengths`) in some rows."
+        )
 
 
 def profile_settings(profile: Dataset) -> list[KnobSetting]:

@@ -5,8 +5,10 @@ import json
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,17 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..controller import RequestController
 from ..executor import ExecutorRequest, MolmoExecutor, StageTimes
-from ..knobs import KnobSetting
+from ..knobs import KnobSetting, KnobSpace
 from ..version import __version__
 from .configuration_latency_estimator import executor_shape
-from .profile_table import COUNT_COLUMNS, STAGE_COLUMNS, UNKNOWN, make_profile
+from .profile_journal import JOURNAL_FILE, ProfileJournal
+from .profile_table import COUNT_COLUMNS, STAGE_COLUMNS, TIME_COLUMNS, UNKNOWN, make_profile
 
+
+CALIBRATION_REQUESTS = 6
+"""Requests that are timed to find out how long a profile will take."""
 
 DISAGREEMENT = 0.1
 """Repeats disagree where their interquartile range is a larger share of the median in a stage that is predicted."""
@@ -78,6 +85,34 @@ def _plan_pairs(settings: Sequence[KnobSetting], num_inputs: int, seed: int) -> 
     ]
 
 
+def sample_settings(knob_space: KnobSpace, num_settings: int | None = None, seed: int = 42) -> list[KnobSetting]:
+    """
+    Settings to profile.
+
+    Args:
+        knob_space ([`KnobSpace`]):
+            Settings to choose from.
+        num_settings (`int`, *optional*):
+            How many: a random sample with the cheapest and the most expensive setting. By default, and if there are no
+            more, all.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the sample.
+
+    Returns:
+        `list[KnobSetting]`: cheapest first.
+
+    Raises:
+        ValueError: If `num_settings` is below 2.
+    """
+    settings = list(knob_space)
+    if num_settings is None or num_settings >= len(settings):
+        return settings
+    if num_settings < 2:
+        raise ValueError(f"`num_settings` is {num_settings}: give 2 or more.")
+    between = sorted(random.Random(seed).sample(range(1, len(settings) - 1), num_settings - 2))
+    return [settings[index] for index in (0, *between, -1)]
+
+
 def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Median, and interquartile range as a share of the median."""
     lower, median, upper = np.percentile(values, (25, 50, 75))
@@ -87,18 +122,37 @@ def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def _row(sample_id: str, setting: KnobSetting, repeats: Sequence[StageTimes]) -> dict[str, Any]:
     row = {"sample_id": sample_id, **setting.to_dict()}
     row.update({column: getattr(repeats[0], column) for column in (*COUNT_COLUMNS, "output_tokens")})
+    # Kernels that round differently may end an answer at another token.
+    num_steps = min(len(repeat.decode_ms) for repeat in repeats)
+    row["output_tokens"] = 1 + num_steps
     times = {
-        "image_processing_ms": [repeat.image_processing_ms for repeat in repeats],
-        "vision_ms": [repeat.vision_ms for repeat in repeats],
-        "llm_prefill_ms": [repeat.llm_prefill_ms for repeat in repeats],
-        "decode_ms_per_token": [float(np.median(repeat.decode_ms)) for repeat in repeats],
+        column: [getattr(repeat, column) for repeat in repeats]
+        for column in TIME_COLUMNS
+        if column != "decode_ms_per_token"
     }
+    if num_steps > 0:
+        times["decode_ms_per_token"] = [float(np.median(repeat.decode_ms[:num_steps])) for repeat in repeats]
+        row["decode_ms"] = np.median([repeat.decode_ms[:num_steps] for repeat in repeats], axis=0).tolist()
     for column, values in times.items():
-        row[column], row[f"{column}_spread"] = _median_and_spread(values)
-    row["decode_ms"] = np.median([repeat.decode_ms for repeat in repeats], axis=0).tolist()
+        if None not in values:
+            row[column], row[f"{column}_spread"] = _median_and_spread(values)
     row["num_repeats"] = len(repeats)
-    row["repeats_disagree"] = any(row[f"{column}_spread"] > DISAGREEMENT for column in STAGE_COLUMNS)
+    row["repeats_disagree"] = any(row.get(f"{column}_spread", 0.0) > DISAGREEMENT for column in STAGE_COLUMNS)
     return row
+
+
+def machine_of(executor: MolmoExecutor) -> dict[str, str]:
+    """What is measured on what: the columns `MACHINE_COLUMNS` of a profile."""
+    return {
+        "device_name": device_name(executor.device),
+        "driver_version": driver_version(executor.device),
+        "torch_version": torch.__version__,
+        "executor_dtype": str(executor.model.dtype).removeprefix("torch."),
+        "executor_mode": executor.mode,
+        "executor_revision": executor_revision(),
+        "executor_fingerprint": executor.fingerprint,
+        "executor_shape": json.dumps(executor_shape(executor.model.config), sort_keys=True),
+    }
 
 
 def profile_executor(
@@ -106,30 +160,42 @@ def profile_executor(
     dataset: Dataset,
     settings: Sequence[KnobSetting] | None = None,
     repeats: int = 5,
-    decode_steps: int = 4,
+    decode_steps: int | None = 4,
+    num_measurements: int | None = None,
     time_limit_s: float | None = None,
+    controller: RequestController | None = None,
+    journal_folder: str | Path | None = None,
     seed: int = 42,
     progress: bool = True,
 ) -> Dataset:
     """
-    Times the stages of single requests over settings × inputs. Repeats are passes over all measurements, each in
-    another order, so that a machine that slows down for a while does so for all settings alike; a first pass warms up
-    and is not kept.
+    Times the stages of single requests over settings × inputs. A short calibration tells how long it will take, and a
+    spread-out subset is chosen if that is more than allowed. Repeats are passes over all measurements, each in another
+    order, so that a machine that slows down for a while does so for all settings alike; a first pass warms up and is not
+    kept.
 
     Args:
         executor ([`MolmoExecutor`]):
             The executor to measure.
         dataset ([`~datasets.Dataset`]):
-            Inputs: columns `sample_id`, `image`, `question`, `style`, see [`~data.load_vqa_dataset`]. All rows are used.
+            Inputs: columns `sample_id`, `image`, `question`, `style`, see [`~latency.make_profile_inputs`] and
+            [`~data.load_vqa_dataset`]. All rows are used, and held in memory.
         settings (`Sequence[KnobSetting]`, *optional*, defaults to all of the executor's knob space):
             Knob settings to measure, cheapest first.
         repeats (`int`, *optional*, defaults to 5):
             Times that each measurement is repeated; the table holds medians.
-        decode_steps (`int`, *optional*, defaults to 4):
-            Decode steps that are timed in each request, whatever the answer's length.
+        decode_steps (`int` or `None`, *optional*, defaults to 4):
+            Decode steps that are timed in each request, whatever the answer's length. `None`: until the answer ends.
+        num_measurements (`int`, *optional*):
+            Most measurements: a spread-out subset of settings × inputs. By default all.
         time_limit_s (`float`, *optional*):
             Seconds that the whole profile may take. A spread-out subset of settings × inputs is measured if the whole
             would take longer; the last repeats are left out if that was misjudged.
+        controller ([`RequestController`], *optional*):
+            Controller whose stages are timed, too, see [`MolmoExecutor.time_request`].
+        journal_folder (`str` or `Path`, *optional*):
+            Folder in which timings are kept until the profile is whole (`timings.jsonl`). If it holds those of the same
+            profile, which was interrupted, they are not taken again.
         seed (`int`, *optional*, defaults to 42):
             Seed of the orders.
         progress (`bool`, *optional*, defaults to `True`):
@@ -137,76 +203,126 @@ def profile_executor(
 
     Returns:
         [`~datasets.Dataset`]: one row a measurement: `sample_id`, the setting (`tier`, `top_k`, `num_blocks`), counts
-        (`num_views`, `vision_tokens`, `text_tokens`, `output_tokens`), medians in milliseconds (`image_processing_ms`,
-        `vision_ms`, `llm_prefill_ms`, `decode_ms_per_token`), for each of them its interquartile range as a share of
-        the median (`image_processing_ms_spread`, …), `num_repeats`, and the machine (`device_name`, `torch_version`,
-        `executor_dtype`, `executor_fingerprint`, `executor_shape` as JSON).
+        (`num_views`, `vision_tokens`, `text_tokens`, `output_tokens`), medians in milliseconds (`controller_ms`,
+        `image_processing_ms`, `vision_ms`, `llm_prefill_ms`, `decode_ms_per_token`: the median of the steps), for each of
+        them its interquartile range as a share of the median (`vision_ms_spread`, …), `decode_ms` (the median of each
+        step), `prefill_lengths` (what prompts are padded to; null: they are not), `num_repeats`, `repeats_disagree` (a
+        spread of vision, prefill or decode is above 10 %), and the machine
+        (`device_name`, `driver_version`, `torch_version`, `executor_dtype`, `executor_mode`, `executor_revision`,
+        `executor_fingerprint`, `executor_shape` as JSON). Rows stand in the order in which measurements were chosen: the
+        first so many are spread out, whatever their number.
 
     Raises:
-        ValueError: If there is no input, `repeats` or `decode_steps` is below 1, or the time limit is over before
-            anything was measured.
+        ValueError: If there is no input, a number is below 1, the time limit is over before anything was measured, or the
+            journal is that of another profile.
     """
     if len(dataset) == 0:
         raise ValueError("there is no input to profile with: the data set has no rows.")
-    if repeats < 1 or decode_steps < 1:
-        raise ValueError(f"`repeats` is {repeats} and `decode_steps` is {decode_steps}: both must be 1 or more.")
+    numbers = {"repeats": repeats, "decode_steps": decode_steps, "num_measurements": num_measurements}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` is {number}: give 1 or more.")
     started = time.perf_counter()
     settings = list(executor.knob_space if settings is None else settings)
-    passes = 1 + repeats
+    inputs = dataset.select_columns(["sample_id", "image", "question", "style"])[:]
+    inputs = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
+    pairs = _plan_pairs(settings, len(inputs), seed)[:num_measurements]
+    machine = machine_of(executor)
+    if executor.prefill_lengths is not None:
+        machine["prefill_lengths"] = list(executor.prefill_lengths)
+    plan = {
+        **machine,
+        "settings": [list(setting.to_dict().values()) for setting in settings],
+        "inputs": [one["sample_id"] for one in inputs],
+        "has_controller": controller is not None,
+        "seed": seed,
+        **numbers,
+    }
 
     def measure(setting: KnobSetting, position: int) -> StageTimes:
-        row = dataset[position]
-        request = ExecutorRequest(row["sample_id"], row["image"], row["question"], row["style"], setting)
-        return executor.time_request(request, repeats=1, warmup=0, decode_steps=decode_steps)
+        request = ExecutorRequest(**inputs[position], setting=setting)
+        return executor.time_request(request, repeats=1, warmup=0, decode_steps=decode_steps, controller=controller)
 
-    def is_over(limit_s: float | None) -> bool:
-        return limit_s is not None and time.perf_counter() - started > limit_s
+    def affordable(request_s: float, passes: int, wanted: int) -> int:
+        if time_limit_s is None:
+            return wanted
+        left_s = time_limit_s - (time.perf_counter() - started)
+        return min(wanted, max(1, int(left_s / (request_s * passes))))
 
-    pairs = _plan_pairs(settings, len(dataset), seed)
-    plan = f"{len(settings)} settings x {len(dataset)} inputs = {len(pairs)} measurements, {repeats} repeats each"
-    if progress:
-        tqdm.write(f"Profiling {plan}, after a warm-up.")
-    measured: list[list[StageTimes]] = []
-    with tqdm(total=passes * len(pairs), desc="Profiling", unit="request", disable=not progress) as bar:
-        # What the warm-up reaches in its share of the time is what there is time to repeat.
-        for pair in pairs:
-            if is_over(None if time_limit_s is None else time_limit_s / passes):
-                break
-            measure(*pair)
-            measured.append([])
-            bar.update()
-        pairs = pairs[: len(measured)]
-        bar.total = passes * len(pairs)
-        bar.refresh()
+    def is_over() -> bool:
+        return time_limit_s is not None and time.perf_counter() - started > time_limit_s
+
+    def say(text: str) -> None:
         if progress:
-            warmup_s = time.perf_counter() - started
-            tqdm.write(f"Measuring {len(pairs)} of {plan}: about {repeats * warmup_s:.0f} s.")
-        order = list(range(len(pairs)))
-        generator = random.Random(seed)
-        for _ in range(repeats):
-            for index in order:
-                if is_over(time_limit_s):
+            tqdm.write(text)
+
+    with ExitStack() as stack:
+        if journal_folder is None:
+            journal_folder = stack.enter_context(TemporaryDirectory())
+        journal = stack.enter_context(ProfileJournal(Path(journal_folder) / JOURNAL_FILE, plan))
+        todo = f"{len(settings)} settings x {len(inputs)} inputs"
+        todo = f"{len(pairs)} of {todo}" if len(pairs) < len(settings) * len(inputs) else f"{todo} = {len(pairs)}"
+        say(f"To measure: {todo} measurements, {repeats} repeats each, after a warm-up.")
+        request_s = None
+        if journal.num_measurements is None:
+            request_s = _calibrate(measure, pairs)
+            journal.settle(affordable(request_s, 1 + repeats, len(pairs)))
+            seconds = request_s * (1 + repeats) * journal.num_measurements
+            subset = (
+                "" if journal.num_measurements == len(pairs) else f" (a spread-out subset: {time_limit_s:g} s allowed)"
+            )
+            say(f"Measuring {journal.num_measurements}{subset}: about {seconds:.0f} s.")
+        else:
+            total = journal.num_measurements * repeats
+            say(f"Going on: {len(journal.timings)} of {total} timings of an earlier run are kept.")
+
+        with tqdm(desc="Profiling", unit="request", disable=not progress) as bar:
+            unfinished = [
+                index
+                for index in range(journal.num_measurements)
+                if any((index, repeat) not in journal.timings for repeat in range(repeats))
+            ]
+            bar.reset(total=len(unfinished) * (1 + repeats))
+            for number, index in enumerate(unfinished, start=1):
+                # What is used for the first time takes longer: less may be affordable than there seemed to be.
+                if request_s is not None and affordable(request_s, repeats, number) < number:
+                    journal.settle(number - 1)
+                    say(f"The warm-up took longer than expected: measuring {journal.num_measurements}.")
                     break
-                measured[index].append(measure(*pairs[index]))
+                measure(*pairs[index])
                 bar.update()
-            # After the first repeat: should the time end within it, what was measured is still spread out.
-            generator.shuffle(order)
-    sample_ids = dataset["sample_id"][:]
-    rows = [
-        _row(sample_ids[position], setting, times)
-        for (setting, position), times in zip(pairs, measured, strict=True)
-        if times
-    ]
+            for repeat in range(repeats):
+                order = [index for index in range(journal.num_measurements) if (index, repeat) not in journal.timings]
+                if repeat > 0:
+                    # The first in the order of the plan: should the time end within it, what was measured is spread out.
+                    random.Random(f"{seed}/{repeat}").shuffle(order)
+                for index in order:
+                    if is_over():
+                        break
+                    journal.add(index, repeat, measure(*pairs[index]))
+                    bar.update()
+        rows = []
+        for index, (setting, position) in enumerate(pairs[: journal.num_measurements]):
+            times = [journal.timings[index, repeat] for repeat in range(repeats) if (index, repeat) in journal.timings]
+            if times:
+                rows.append({**_row(inputs[position]["sample_id"], setting, times), **machine})
     if not rows:
         raise ValueError(f"the time limit of {time_limit_s} s was over before anything was measured: allow more.")
-    machine = {
-        "device_name": device_name(executor.device),
-        "driver_version": driver_version(executor.device),
-        "torch_version": torch.__version__,
-        "executor_dtype": str(executor.model.dtype).removeprefix("torch."),
-        "executor_mode": "plain",
-        "executor_revision": executor_revision(),
-        "executor_fingerprint": executor.fingerprint,
-        "executor_shape": json.dumps(executor_shape(executor.model.config), sort_keys=True),
-    }
-    return make_profile([{**row, **machine} for row in rows])
+    profile = make_profile(rows)
+    disagreeing = sum(profile["repeats_disagree"])
+    if disagreeing:
+        say(
+            f"Repeats disagree in {disagreeing} of {len(profile)} measurements: is the machine busy with something else?"
+        )
+    return profile
+
+
+def _calibrate(measure: Callable[[KnobSetting, int], StageTimes], pairs: Sequence[tuple[KnobSetting, int]]) -> float:
+    """Seconds that a request takes on average: a few that are spread out, each run once before."""
+    chosen = pairs[:CALIBRATION_REQUESTS]
+    for pair in chosen:
+        measure(*pair)
+    started = time.perf_counter()
+    for pair in chosen:
+        measure(*pair)
+    return (time.perf_counter() - started) / len(chosen)

@@ -2,7 +2,7 @@
 Times the executor's stages on this machine over its knob settings, at batch 1.
 
 ```bash
-joint-controller profile --dataset_names scenes easy_vqa --output_dir outputs/profile
+joint-controller profile --output_dir outputs/profile --report true
 ```
 """
 
@@ -12,6 +12,11 @@ from pathlib import Path
 
 from . import ScriptParser, run_script
 from .data_arguments import DatasetArguments, load_split, open_skipped_rows
+from .executor_arguments import knob_space_of
+
+
+REPEAT_FOLDER = "repeat"
+"""Folder of the second profile, in that of the first."""
 
 
 @dataclass(kw_only=True)
@@ -20,28 +25,103 @@ class ProfileArguments(DatasetArguments):
     Arguments of `joint-controller profile`, beside those of [`DatasetArguments`].
     """
 
-    output_dir: str = field(metadata={"help": "New folder for the table of measurements (profile.parquet)."})
+    output_dir: str = field(
+        metadata={
+            "help": "Folder for the table of measurements (profile.parquet). A profile that was interrupted goes on here; "
+            "one that is whole is not made again."
+        }
+    )
     model_path: str = field(
         default="embedded",
         metadata={
-            "help": "Executor to measure: a folder or Hub name of a Molmo, or `embedded` for the one that ships."
+            "help": "Executor to measure: a folder or Hub name of a Molmo, `embedded` for the one that ships, or "
+            "`random:molmoe-1b` for random weights of MolmoE-1B's sizes, made on the device: they cost the same."
         },
     )
-    dataset_names: list[str] = field(
-        default_factory=lambda: ["scenes", "easy_vqa"],
-        metadata={"help": "Data sets that inputs are drawn from, as for training."},
+    executor_mode: str | None = field(
+        default=None,
+        metadata={"help": "How the executor computes: plain, onednn or captured. Default: the fastest one here."},
+    )
+    importance_path: str | None = field(
+        default=None,
+        metadata={"help": "JSON of block importance scores. By default importance.json in the model folder."},
+    )
+    tiers: list[str] | None = field(
+        default=None, metadata={"help": "Values of the knob `tier`, cheapest first. Default: those of the executor."}
+    )
+    top_k_values: list[int] | None = field(
+        default=None, metadata={"help": "Values of the knob `top_k`, ascending. Default: those of the executor."}
+    )
+    num_blocks_values: list[int] | None = field(
+        default=None, metadata={"help": "Values of the knob `num_blocks`, ascending. Default: those of the executor."}
+    )
+    num_settings: int | None = field(
+        default=None,
+        metadata={
+            "help": "Settings to measure: a random sample with the cheapest and the most expensive. Default: all."
+        },
+    )
+    dataset_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data sets that inputs are drawn from, as for training. Default: inputs that are made for the purpose, "
+            "images of many shapes and questions of many lengths."
+        },
     )
     dataset_split: str = field(
         default="train", metadata={"help": "Split that inputs are drawn from: train, validation or test."}
     )
-    num_inputs: int = field(default=12, metadata={"help": "Inputs that every setting is measured with."})
+    num_inputs: int = field(default=12, metadata={"help": "Inputs that settings are measured with."})
+    num_measurements: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most measurements: a spread-out subset of settings x inputs. Default: each setting with each."
+        },
+    )
     repeats: int = field(default=5, metadata={"help": "Times that a measurement is repeated; medians are kept."})
     decode_steps: int = field(
         default=4, metadata={"help": "Decode steps that are timed a request, whatever the answer's length."}
     )
+    free_decoding: bool = field(
+        default=False,
+        metadata={
+            "help": "Time the steps until the answer ends, `max_new_tokens` at most, in place of `decode_steps`."
+        },
+    )
+    max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer with `free_decoding`."})
     time_limit_s: float | None = field(
         default=None,
-        metadata={"help": "Seconds the whole may take: if it would take longer, a spread-out subset is measured."},
+        metadata={
+            "help": "Seconds that measuring may take: if it would take longer, a spread-out subset is measured. Counts for "
+            "each profile and each run of an interrupted one."
+        },
+    )
+    check_repeatability: bool = field(
+        default=False,
+        metadata={
+            "help": f"Measure everything once more, into the folder `{REPEAT_FOLDER}`, and report the share of settings whose "
+            "medians agree within 3 %."
+        },
+    )
+    compare_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another profile of the same to report the repeatability against, in place of measuring it."
+        },
+    )
+    report: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw pictures of the profile (shares of the stages, prefill against tokens, decode against position, "
+            "latency of each knob, FLOPs against latency) and write its card (README.md) and numbers "
+            "(profile_report.json); also of a profile that is there already."
+        },
+    )
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name (org/name) of a data set on the Hub to send the profile to, with its report. Needs a login."
+        },
     )
     num_threads: int | None = field(
         default=None,
@@ -54,33 +134,128 @@ class ProfileArguments(DatasetArguments):
 
 
 def main(args: ProfileArguments):
+    from ..latency import load_profile, write_profile_report
+    from ..latency.profile_report import format_repeatability
+    from ..latency.profile_table import PROFILE_FILE
+
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise ValueError(f"`output_dir` '{output_dir}' is a file: name a folder.")
+    if args.check_repeatability and args.compare_with is not None:
+        raise ValueError(
+            "both `check_repeatability` and `compare_with` are given: the second profile is one or the other."
+        )
+    folders = [output_dir, output_dir / REPEAT_FOLDER] if args.check_repeatability else [output_dir]
+    # Before anything is measured.
+    repeated = None if args.compare_with is None else load_profile(args.compare_with)
+    unfinished = [folder for folder in folders if not (folder / PROFILE_FILE).exists()]
+    reports = args.report or args.check_repeatability or repeated is not None or args.push_to_hub is not None
+    if not unfinished and not reports:
+        raise FileExistsError(
+            f"'{output_dir / PROFILE_FILE}' exists already: name another `output_dir`, delete the file, or give `--report "
+            "true` to draw it."
+        )
+    if unfinished:
+        _measure(args, unfinished)
+    if not reports:
+        return
+    if args.check_repeatability:
+        repeated = load_profile(output_dir / REPEAT_FOLDER)
+    report = write_profile_report(load_profile(output_dir), output_dir, repeated)
+    if "repeatability" in report:
+        print(format_repeatability(report["repeatability"]))
+    print(f"Report written to {output_dir}.")
+    if args.push_to_hub is not None:
+        _push(args.push_to_hub, output_dir)
+
+
+def _measure(args: ProfileArguments, folders: list[Path]):
+    from ..latency import load_profile, make_profile_inputs, profile_executor, save_profile
+    from ..latency.profile_journal import JOURNAL_FILE
+    from ..latency.profiling import sample_settings
+
+    executor = _load_executor(args)
+    if args.dataset_names is None:
+        dataset = make_profile_inputs(args.num_inputs, args.seed)
+    else:
+        skipped_rows = open_skipped_rows(args, args.output_dir)
+        dataset = load_split(args, args.dataset_split, args.num_inputs, args.seed, skipped_rows)
+        if skipped_rows:
+            print(skipped_rows.summary())
+    for folder in folders:
+        # The second profile measures what the first one did.
+        is_repeat = folder.name == REPEAT_FOLDER and args.check_repeatability
+        num_measurements = len(load_profile(args.output_dir)) if is_repeat else args.num_measurements
+        profile = profile_executor(
+            executor,
+            dataset,
+            settings=sample_settings(executor.knob_space, args.num_settings, args.seed),
+            repeats=args.repeats,
+            decode_steps=None if args.free_decoding else args.decode_steps,
+            num_measurements=num_measurements,
+            time_limit_s=args.time_limit_s,
+            controller=_new_controller(executor),
+            journal_folder=folder,
+            seed=args.seed,
+        )
+        file = save_profile(profile, folder)
+        (folder / JOURNAL_FILE).unlink()
+        print(f"{len(profile)} measurements written to {file}.")
+
+
+def _load_executor(args: ProfileArguments):
     import torch
 
     from ..executor import MolmoExecutor
-    from ..latency import profile_executor, save_profile
+    from ..executor.random_executor import RANDOM_CONFIGS, random_executor
+
+    if args.num_threads is not None:
+        if args.num_threads < 1:
+            raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
+        torch.set_num_threads(args.num_threads)
+    kwargs = {"max_new_tokens": args.max_new_tokens, "mode": args.executor_mode}
+    kind, _, name = args.model_path.partition(":")
+    if kind == "random":
+        if name not in RANDOM_CONFIGS:
+            raise ValueError(
+                f"`model_path` '{args.model_path}' is unknown: choose random:{', random:'.join(RANDOM_CONFIGS)}."
+            )
+        executor = random_executor(RANDOM_CONFIGS[name](), **kwargs)
+    else:
+        executor = MolmoExecutor.from_pretrained(args.model_path, importance=args.importance_path, **kwargs)
+    executor.knob_space = knob_space_of(args, executor.model.config)
+    return executor
+
+
+def _new_controller(executor):
+    """A controller for the executor: an untrained one takes as long as a trained one."""
+    from ..controller import JointControllerConfig, JointControllerModel, RequestController
+
+    sizes = {"question_size": executor.hidden_size, "vision_size": executor.hidden_size}
+    config = JointControllerConfig(knob_space=executor.knob_space.to_dict(), **sizes)
+    return RequestController(JointControllerModel(config).to(executor.device))
+
+
+def _push(repo_id: str, folder: Path):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
     from ..latency.profile_table import PROFILE_FILE
 
-    output_file = Path(args.output_dir) / PROFILE_FILE
-    # Before anything is loaded or measured: a profile may have taken hours.
-    if output_file.exists():
-        raise FileExistsError(f"'{output_file}' exists already: name another `output_dir`, or delete the file.")
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
-    executor = MolmoExecutor.from_pretrained(args.model_path)
-    skipped_rows = open_skipped_rows(args, args.output_dir)
-    dataset = load_split(args, args.dataset_split, args.num_inputs, args.seed, skipped_rows)
-    if skipped_rows:
-        print(skipped_rows.summary())
-    profile = profile_executor(
-        executor,
-        dataset,
-        repeats=args.repeats,
-        decode_steps=args.decode_steps,
-        time_limit_s=args.time_limit_s,
-        seed=args.seed,
-    )
-    save_profile(profile, args.output_dir)
-    print(f"{len(profile)} measurements written to {output_file}.")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=[PROFILE_FILE, "README.md", "*.png", "*.json"],
+            ignore_patterns=[f"{REPEAT_FOLDER}/*"],
+            commit_message="Add a latency profile",
+        )
+    except HTTPError as error:  # a refusal, or no connection
+        raise OSError(f"the Hub did not take '{repo_id}' ({error}): the profile is whole in '{folder}'.") from error
+    print(f"Pushed to https://huggingface.co/datasets/{repo_id}.")
 
 
 def make_parser() -> ScriptParser:

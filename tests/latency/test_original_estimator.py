@@ -158,7 +158,7 @@ def test_files_that_are_something_else_are_refused(network, tmp_path):
 def test_times_that_are_none_are_refused(network, tmp_path):
     network.decode_head[-1].bias.data.fill_(-20.0)
     estimator = read_latency_estimator(save(tmp_path / "a.pt", network))
-    with pytest.raises(ValueError, match="which are no times: its file may lack the statistics"):
+    with pytest.raises(ValueError, match="ms for a request at tier=.*, which is no time: its file may lack"):
         estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=OUTPUT_TOKENS)
     with pytest.raises(ValueError, match="`output_tokens` holds 0"):
         estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=[0, 1, 1])

@@ -1,6 +1,12 @@
 """`joint-controller profile` and `joint-controller fit-latency`, one after the other, on a tiny executor."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +15,8 @@ from datasets import Dataset
 from joint_controller import KnobSetting, LatencyEstimatorModel
 from joint_controller.data import load_vqa_datasets
 from joint_controller.executor import MolmoExecutor
-from joint_controller.latency import executor_shape, load_profile, profile_executor
+from joint_controller.latency import executor_shape, load_profile, make_profile_inputs, profile_executor
+from joint_controller.latency.profile_journal import JOURNAL_FILE
 from joint_controller.latency.profile_table import PROFILE_FILE
 from joint_controller.scripts import fit_latency, profile, run_script
 
@@ -54,7 +61,11 @@ def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_
         assert row["output_tokens"] == 3 and row["num_repeats"] == 2 and row["image_processing_ms"] > 0
         assert row["executor_fingerprint"] == executor.fingerprint
         assert row["executor_dtype"] == "float32" and row["torch_version"] == torch.__version__
-        assert json.loads(row["executor_shape"]) == executor_shape(executor.model.config)
+        assert row["executor_mode"] == executor.mode and row["driver_version"] == "none"
+        assert len(row["decode_ms"]) == 2 and row["prefill_lengths"] is None
+        assert row["controller_ms"] > 0
+        # Of two repeats of two steps each, medians are means.
+        assert row["decode_ms_per_token"] == pytest.approx(sum(row["decode_ms"]) / 2)
 
 
 def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_folder, tmp_path, capsys):
@@ -90,6 +101,147 @@ def test_time_limit_measures_a_spread_out_subset(executor_folder):
     # No setting is measured twice before all are measured once.
     counts = [settings.count(setting) for setting in set(settings)]
     assert max(counts) - min(counts) <= 1 and (max(counts) == 1 or len(counts) == NUM_SETTINGS)
+
+
+def run_profile(folder, executor_folder, *flags):
+    flags = ["--model_path", executor_folder, "--output_dir", folder, "--num_threads", 1, *flags]
+    return run_script("profile", profile.make_parser, profile.main, [str(flag) for flag in flags])
+
+
+def test_a_killed_profile_goes_on_where_it_stopped(executor_folder, tmp_path, monkeypatch, capsys):
+    """Killed at random moments; every timing that was taken is kept and none is taken again."""
+    folder, journal = tmp_path / "profile", tmp_path / "profile" / JOURNAL_FILE
+    flags = ["--num_inputs", 4, "--num_settings", 10, "--repeats", 6, "--decode_steps", 2]
+    num_timings = 10 * 4 * 6
+    command = [sys.executable, "-m", "joint_controller.scripts.profile", "--model_path", executor_folder]
+    command += ["--output_dir", folder, "--num_threads", 1, *flags]
+    generator = random.Random(7)
+    kept = []
+    for least in (1, 25):
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2 + len(kept) + least):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(generator.random() * 0.2)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert process.returncode == -signal.SIGKILL and not (folder / PROFILE_FILE).exists()
+        lines = journal.read_bytes().split(b"\n")[:-1]  # whole lines
+        entries = [json.loads(line) for line in lines]
+        timings = [entry for entry in entries if "times" in entry]
+        assert timings[: len(kept)] == kept and len(kept) + least <= len(timings) < num_timings
+        kept = timings
+
+    # The end of a write that was cut off.
+    with journal.open("ab") as file:
+        file.write(json.dumps(kept[-1]).encode()[:40])
+    calls, time_request = [], MolmoExecutor.time_request
+
+    def counted(self, request, **kwargs):
+        calls.append(request)
+        return time_request(self, request, **kwargs)
+
+    monkeypatch.setattr(MolmoExecutor, "time_request", counted)
+    saved = {}
+    unlink = type(journal).unlink
+    monkeypatch.setattr(type(journal), "unlink", lambda path: (saved.update({path: path.read_bytes()}), unlink(path)))
+    assert run_profile(folder, executor_folder, *flags) == 0
+    assert f"{len(kept)} of {num_timings} timings" in capsys.readouterr().out
+    entries = [json.loads(line) for line in saved[journal].splitlines()]
+    timings = [entry for entry in entries if "times" in entry]
+    assert timings[: len(kept)] == kept and len(timings) == num_timings
+    pairs = {(entry["measurement"], entry["repeat"]) for entry in timings}
+    assert len(pairs) == num_timings
+    # What is missing is timed once each; before that, measurements that are not whole are warmed up, once each.
+    unfinished = {entry["measurement"] for entry in timings[len(kept) :]}
+    assert len(calls) == num_timings - len(kept) + len(unfinished)
+    table = load_profile(folder)
+    assert len(table) == 40 and set(table["num_repeats"]) == {6}
+    vision = [entry["times"]["vision_ms"] for entry in timings if entry["measurement"] == 0]
+    assert table[0]["vision_ms"] == pytest.approx(sorted(vision)[2] / 2 + sorted(vision)[3] / 2)
+    assert [path.name for path in folder.iterdir()] == [PROFILE_FILE]
+
+
+def test_timings_of_another_profile_are_refused(executor_folder, tmp_path, capsys):
+    executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
+    inputs = make_profile_inputs(2)
+    sizes = {
+        "settings": list(executor.knob_space)[:2],
+        "decode_steps": 1,
+        "progress": False,
+        "journal_folder": tmp_path,
+    }
+    profile_executor(executor, inputs, repeats=1, **sizes)
+    before = (tmp_path / JOURNAL_FILE).read_bytes()
+    with pytest.raises(ValueError, match="holds the timings of another profile: its repeats is 1, here 2"):
+        profile_executor(executor, inputs, repeats=2, **sizes)
+    with pytest.raises(ValueError, match="its inputs is"):
+        profile_executor(executor, make_profile_inputs(2, seed=1), repeats=1, **sizes)
+    assert (tmp_path / JOURNAL_FILE).read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    (tmp_path / JOURNAL_FILE).write_bytes(b"".join([*lines[:2], b"broken\n", *lines[2:]]))
+    with pytest.raises(ValueError, match="line 3, is damaged .* delete the line"):
+        profile_executor(executor, inputs, repeats=1, **sizes)
+
+
+def test_a_sample_of_settings_and_measurements(executor_folder, tmp_path, capsys):
+    flags = [
+        "--num_settings",
+        5,
+        "--num_inputs",
+        4,
+        "--num_measurements",
+        12,
+        "--repeats",
+        1,
+        "--free_decoding",
+        "true",
+    ]
+    flags += ["--max_new_tokens", 3, "--top_k_values", 1, 2, 3, "--tiers", "low", "medium"]
+    assert run_profile(tmp_path, executor_folder, *flags) == 0
+    assert "To measure: 12 of 5 settings x 4 inputs measurements, 1 repeats each" in capsys.readouterr().out
+    table = load_profile(tmp_path)
+    settings = list(zip(table["tier"], table["top_k"], table["num_blocks"], strict=True))
+    assert len(table) == 12 and len(set(settings)) == 5
+    assert settings[:2] == [("low", 1, 3), ("medium", 3, 4)]
+    for row in table:
+        steps = row["decode_ms"] or []
+        assert row["output_tokens"] == 1 + len(steps) <= 3 and (row["decode_ms_per_token"] is None) == (not steps)
+
+
+def test_report_and_repeatability(executor_folder, tmp_path, capsys):
+    flags = ["--num_settings", 4, "--num_inputs", 2, "--repeats", 1, "--decode_steps", 1]
+    assert run_profile(tmp_path, executor_folder, *flags, "--check_repeatability", "true") == 0
+    assert "Two profiles of the same 4 settings have medians within 3% on" in capsys.readouterr().out
+    report = json.loads((tmp_path / "profile_report.json").read_text())
+    assert report["repeatability"]["num_measurements"] == 8 and report["num_settings"] == 4
+    assert (tmp_path / "README.md").read_text().startswith("---\nconfigs:")
+    pictures = {"stage_shares.png", "prefill.png", "decode.png", "knobs.png", "flops.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+    # Of what is there, without measuring; against another profile.
+    before = (tmp_path / PROFILE_FILE).read_bytes()
+    (tmp_path / "knobs.png").unlink()
+    assert run_profile(tmp_path, "no-such-model", "--report", "true", "--compare_with", tmp_path / "repeat") == 0
+    assert (tmp_path / "knobs.png").exists() and (tmp_path / PROFILE_FILE).read_bytes() == before
+    assert json.loads((tmp_path / "profile_report.json").read_text()) == report
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(profile_folder, tmp_path):
+    """In a process of its own: the address of the Hub is read once."""
+    folder = tmp_path / "profile"
+    folder.mkdir()
+    (folder / PROFILE_FILE).write_bytes((profile_folder / PROFILE_FILE).read_bytes())
+    command = [sys.executable, "-m", "joint_controller.scripts.profile", "--output_dir", str(folder)]
+    command += ["--push_to_hub", "somebody/profile"]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "none"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2 and "the profile is whole in" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr and (folder / "README.md").exists()
 
 
 def test_an_existing_profile_is_not_overwritten(profile_folder, executor_folder, capsys):
@@ -132,5 +284,7 @@ def test_inputs_and_repeats_are_needed(executor_folder):
         profile_executor(executor, Dataset.from_dict({}))
     with pytest.raises(ValueError, match="`repeats` is 0"):
         profile_executor(executor, inputs, repeats=0)
+    with pytest.raises(ValueError, match="`num_measurements` is 0"):
+        profile_executor(executor, inputs, num_measurements=0)
     with pytest.raises(ValueError, match="time limit of 0.0 s"):
         profile_executor(executor, inputs, time_limit_s=0.0, progress=False)
