@@ -95,7 +95,9 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
     if isinstance(args.importance_path, dict):
         for dataset, path in args.importance_path.items():
             if not isinstance(path, str):
-                raise ValueError(f"`importance_path` gives {path!r} for data set '{dataset}': give the path of a JSON file.")
+                raise ValueError(
+                    f"`importance_path` gives {path!r} for data set '{dataset}': give the path of a JSON file."
+                )
     executor = MolmoExecutor.from_pretrained(
         args.model_path,
         importance=args.importance_path,
