@@ -41,7 +41,7 @@ def draw_contact_sheet(samples: Sequence[Mapping[str, Any]], title: str) -> Imag
 
     Args:
         samples (`Sequence[dict]`):
-            Rows with the columns of `FEATURES`, the images decoded.
+            Rows with the columns of `FEATURES`, the images decoded and in RGB.
         title (`str`):
             What is shown, above the samples.
 
@@ -147,8 +147,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, max_lines: int, width: int = 
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """The image in RGB at the largest size that fits its box."""
+    """The image at the largest size that fits its box."""
     scale = min(CELL_WIDTH / image.width, IMAGE_HEIGHT / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    return image.convert("RGB").resize(size, method)
+    return image.resize(size, method)

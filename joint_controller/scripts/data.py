@@ -129,9 +129,12 @@ def _read_streams(args: "TrainArguments", seed: int, skipped_rows: "SkippedRows 
 
 
 def _draw_samples(datasets: "list[Dataset]", seed: int) -> list[dict[str, Any]]:
-    """Samples as training would come across them."""
+    """Samples as training would come across them, with images as the executor sees them."""
+    from ..molmo.image_processing_molmo import convert_to_rgb
+
     rows = [(dataset, row) for dataset in datasets for row in range(len(dataset))]
-    return [dataset[row] for dataset, row in random.Random(seed).sample(rows, min(NUM_PICTURED, len(rows)))]
+    samples = [dataset[row] for dataset, row in random.Random(seed).sample(rows, min(NUM_PICTURED, len(rows)))]
+    return [{**sample, "image": convert_to_rgb(sample["image"])} for sample in samples]
 
 
 if __name__ == "__main__":

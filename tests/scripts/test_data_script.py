@@ -80,6 +80,7 @@ def test_rows_of_ones_own_with_bad_and_too_long_ones(tmp_path, capsys, monkeypat
     rows = own_rows(6)
     rows[1]["question"] = "star " * 1100
     rows[2]["answers"] = []
+    rows[3]["image"] = Image.new("RGBA", (40, 30), (255, 0, 0, 0))  # what is hidden is red, what is seen is white
     folder = save(tmp_path, rows)
     output_dir = tmp_path / "report"
     assert run(output_dir, "--dataset_names", folder) == 2
@@ -98,6 +99,8 @@ def test_rows_of_ones_own_with_bad_and_too_long_ones(tmp_path, capsys, monkeypat
     )
     assert "Rows that were left out: 1 of 1" in shown
     assert "[red]count[/red] (100%)" in shown  # text of the data is no markup
+    with Image.open(output_dir / "contact_sheet.png") as sheet:
+        assert not (np.asarray(sheet) == (255, 0, 0)).all(axis=2).any()
     markdown = (output_dir / "data_report.md").read_text(encoding="utf-8")
     assert "how many stars \\| circles" in markdown
 
