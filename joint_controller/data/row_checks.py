@@ -62,8 +62,8 @@ class SkippedRows:
     """
     Rows that were left out, counted, and listed in a file: a JSON object a line, with the fields of [`BadRow`].
 
-    A row that is met again, in another pass over a stream or in a resumed run, is listed once. What an earlier load of the
-    same data set and split listed is forgotten when it is loaded anew.
+    A row that is met again, in another pass over a stream or in a resumed run, is listed once. What an earlier run listed of
+    a data set and split is forgotten when a later one loads it anew.
 
     Args:
         path (`str` or `Path`, *optional*):
@@ -74,9 +74,11 @@ class SkippedRows:
     def __init__(self, path: str | Path | None = None):
         self.path = None if path is None else Path(path)
         self._rows: set[BadRow] = set()
+        self._of_earlier_runs: set[BadRow] = set()
         if self.path is not None and self.path.exists():
             with open(self.path, encoding="utf-8") as file:
-                self._rows.update(BadRow(**json.loads(line)) for line in file)
+                self._of_earlier_runs.update(BadRow(**json.loads(line)) for line in file)
+            self._rows |= self._of_earlier_runs
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -92,13 +94,14 @@ class SkippedRows:
         """What was left out, in words, for a log."""
         parts = [f"{count} of '{dataset}' ({split})" for (dataset, split), count in self.counts().items()]
         listed = "" if self.path is None else f" They are listed in '{self.path}'."
-        return f"{len(self)} bad rows were left out: {', '.join(parts)}.{listed}"
+        return f"Bad rows left out: {', '.join(parts)}.{listed}"
 
     def forget(self, dataset: str, split: str) -> None:
-        """Takes the rows of a data set's split off the list."""
-        kept = {bad for bad in self._rows if (bad.dataset, bad.split) != (dataset, split)}
-        if len(kept) < len(self._rows):
-            self._rows = kept
+        """Takes what earlier runs found in a data set's split off the list: it is about to be read again."""
+        forgotten = {bad for bad in self._of_earlier_runs if (bad.dataset, bad.split) == (dataset, split)}
+        if forgotten:
+            self._of_earlier_runs -= forgotten
+            self._rows -= forgotten
             if self.path is not None:
                 lines = [json.dumps(asdict(bad)) + "\n" for bad in self]
                 self.path.write_text("".join(lines), encoding="utf-8")

@@ -105,7 +105,7 @@ def test_a_bad_row_is_an_error_or_is_listed(tmp_path, opens, column, value, mess
         "column": column,
     }
     assert skipped.counts() == {(name, "train"): 1}
-    assert f"1 bad rows were left out: 1 of '{name}' (train)" in skipped.summary()
+    assert f"Bad rows left out: 1 of '{name}' (train)" in skipped.summary()
 
 
 CONVERTIBLE = [
@@ -208,6 +208,16 @@ def test_the_list_has_each_row_once_and_forgets_what_was_mended(tmp_path):
     skipped = SkippedRows(path)
     load_vqa_datasets([bad, other], skipped_rows=skipped)
     assert [json.loads(line)["dataset"] for line in path.read_text().splitlines()] == [other]
+
+
+def test_loading_a_split_twice_in_a_run_loses_no_row_of_the_list(tmp_path):
+    name = write_rows(tmp_path / "data", "question", "")
+    for _ in range(2):
+        skipped = SkippedRows(tmp_path / "skipped_rows.jsonl")
+        load_vqa_dataset(name, skipped_rows=skipped)
+        subset = load_vqa_dataset(name, max_samples=2, seed=0, skipped_rows=skipped)
+        assert subset["sample_id"][:] == ["data/train/000006", "data/train/000011"]
+        assert len(skipped) == len(skipped.path.read_text().splitlines()) == 1
 
 
 def test_rows_are_checked_once(tmp_path, monkeypatch):

@@ -159,6 +159,27 @@ def test_of_an_animation_the_first_frame_is_seen(format):
     assert (pixels(encoded) == (250, 0, 0)).all()
 
 
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        pytest.param(
+            encode(gray_16_bits(range(0, 65536, 2048)).resize((32, 32), Image.Resampling.NEAREST)), id="16-bit"
+        ),
+        pytest.param(encode(Image.new("RGBA", (20, 12), (200, 100, 0, 51))), id="alpha"),
+        pytest.param(encode(Image.new("CMYK", (20, 12), (100, 20, 200, 50)), "JPEG"), id="cmyk"),
+        pytest.param(encode(Image.new("P", (20, 12), 3), "GIF", transparency=3), id="palette"),
+    ],
+)
+def test_the_image_processor_sees_the_same_in_a_file_that_others_opened(encoded):
+    processor = MolmoImageProcessor(
+        (32, 32), 4, image_token_length_h=4, image_token_length_w=4, max_crops=2, overlap_margins=(2, 0)
+    )
+    seen = processor(decode_image(encoded), return_tensors="np")
+    directly = processor(Image.open(io.BytesIO(encoded["bytes"])), return_tensors="np")
+    assert (seen["pixel_values"] == directly["pixel_values"]).all()
+    assert len(np.unique(seen["pixel_values"])) > 1
+
+
 def test_files_are_read_by_their_path(tmp_path):
     Image.new("RGB", (3, 5), (1, 2, 3)).save(tmp_path / "image.png")
     encoded = {"bytes": None, "path": str(tmp_path / "image.png")}

@@ -193,7 +193,7 @@ def test_a_run_on_a_stream_ends_as_one_that_was_interrupted(recipe, folders, tmp
     run = tmp_path / "run"
     log = (run / LOG_FILE).read_text()
     assert "a stream to train" in log
-    assert f"1 bad rows were left out: 1 of '{data}' (train)" in log
+    assert f"Bad rows left out: 1 of '{data}' (train)" in log
     [listed] = [json.loads(line) for line in (run / "skipped_rows.jsonl").read_text().splitlines()]
     assert (listed["row"], listed["sample_id"], listed["column"]) == (17, "train/17", "image")
     whole = load_file(run / "model.safetensors")
