@@ -9,7 +9,7 @@ from PIL import Image
 from .controller import JointControllerModel, RequestController
 from .executor import ExecutorRequest, MolmoExecutor
 from .knobs import KnobSetting
-from .latency import LatencyEstimatorModel
+from .latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel, read_latency_estimator
 from .outcomes import Outcome, predict_latency_ms
 
 
@@ -62,14 +62,18 @@ class JointPipeline:
     """
 
     def __init__(
-        self, controller: JointControllerModel, executor: MolmoExecutor, latency_estimator: LatencyEstimatorModel
+        self,
+        controller: JointControllerModel,
+        executor: MolmoExecutor,
+        latency_estimator: LatencyEstimatorModel | OriginalLatencyEstimatorModel,
     ):
         if controller.knob_space != executor.knob_space:
             raise ValueError(
                 f"the controller chooses from {controller.knob_space.to_dict()}, but the executor takes "
                 f"{executor.knob_space.to_dict()}: give the executor the controller's knob space."
             )
-        if controller.config.question_size != executor.hidden_size:
+        sees_features = controller.config.sees_question or controller.config.sees_image
+        if sees_features and controller.config.question_size != executor.hidden_size:
             raise ValueError(
                 f"the controller was trained for an executor {controller.config.question_size} wide, but this one is "
                 f"{executor.hidden_size} wide: give the executor that it was trained with."
@@ -97,7 +101,8 @@ class JointPipeline:
             model_path (`str` or `Path`, *optional*, defaults to `"embedded"`):
                 The executor that the controller was trained with.
             latency_estimator_path (`str` or `Path`, *optional*):
-                Folder of the estimator. Defaults to `latency_estimator` in the controller's folder.
+                Folder of the estimator, or a `best_latency_estimator.pt` of the original scripts. Defaults to
+                `latency_estimator` in the controller's folder.
             **kwargs:
                 Further arguments of [`MolmoExecutor.from_pretrained`].
 
@@ -111,8 +116,14 @@ class JointPipeline:
             )
         controller = JointControllerModel.from_pretrained(controller_path)
         executor = MolmoExecutor.from_pretrained(model_path, knob_space=controller.knob_space, **kwargs)
-        estimator_path = latency_estimator_path or Path(controller_path) / "latency_estimator"
-        return cls(controller, executor, LatencyEstimatorModel.from_pretrained(estimator_path))
+        if latency_estimator_path is None:
+            latency_estimator_path = Path(controller_path) / "latency_estimator"
+            if not latency_estimator_path.is_dir():
+                raise FileNotFoundError(
+                    f"'{controller_path}' has no latency estimator, as the controller was trained on recorded latencies: give "
+                    "`latency_estimator_path`."
+                )
+        return cls(controller, executor, read_latency_estimator(latency_estimator_path))
 
     def __call__(
         self, image: Image.Image, question: str, latency_budget_ms: float, style: str = "vqa2"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow
 from datasets import Dataset, Image
 
 from ..data.schema import SPLITS
@@ -33,17 +34,19 @@ def find_images(samples: Dataset, image_dir: str | Path) -> Dataset:
             (`text_vqa` or `text-vqa`), images of that data set are looked up there alone.
 
     Returns:
-        [`~datasets.Dataset`]: The samples, with the path of an image in each row.
+        [`~datasets.Dataset`]: The samples with the paths of their images, and a column `defect` that says why there is none
+        (null where there is one), as [`~joint_controller.data.row_checks.keep_good_rows`] reads it.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If a sample has no image id, no file, or several files.
+        ValueError: If a sample's image has several files, or no sample has one.
     """
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
         raise FileNotFoundError(f"`image_dir` '{image_dir}' does not exist: give the folder of the images.")
     found_in: dict[Path, dict[str, list[Path]]] = {}
-    paths, missing = [], []
+    paths: list[str | None] = []
+    defects: list[str | None] = []
     for sample_id, image_id in zip(samples["sample_id"], samples["image_id"], strict=True):
         name = dataset_name_of_sample(sample_id)
         own = [folder for folder in (image_dir / name, image_dir / name.replace("_", "-")) if folder.is_dir()]
@@ -56,15 +59,15 @@ def find_images(samples: Dataset, image_dir: str | Path) -> Dataset:
                 f"sample '{sample_id}' has image '{image_id}', which is both '{files[0]}' and '{files[1]}': keep one, or "
                 f"put the images of each data set into a folder of its own ('{image_dir / name}')."
             )
-        if not files:
-            missing.append(f"'{sample_id}' (image '{image_id}')")
-        paths.extend(str(file) for file in files)
-    if missing:
+        paths.append(str(files[0]) if files else None)
+        defects.append(None if files else f"image: there is no file for image '{image_id}' in '{folder}'")
+    if not any(paths):
         raise ValueError(
-            f"{len(missing)} of {len(samples)} samples have no image in '{image_dir}', e.g. {', '.join(missing[:3])}: name "
-            "the files by image id, leave out these samples' data sets, or train without `image_dir`."
+            f"`image_dir` '{image_dir}' has no image of any of the {len(samples)} samples; the first is "
+            f"'{samples['image_id'][0]}': name the files by image id (<image_id>.jpg), or train without `image_dir`."
         )
-    return samples.remove_columns("image").add_column("image", paths).cast_column("image", Image())
+    samples = samples.remove_columns("image").add_column("image", paths).cast_column("image", Image())
+    return samples.add_column("defect", pyarrow.array(defects, pyarrow.string()))
 
 
 def _index_images(folder: Path) -> dict[str, list[Path]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..executor import MolmoExecutor
     from ..knobs import KnobSpace
-    from ..latency import LatencyEstimatorModel
+    from ..latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel
     from ..molmo import MolmoConfig, MolmoProcessor
 
 
@@ -38,7 +38,7 @@ class ExecutorArguments:
     latency_estimator_path: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub name of a latency estimator; `fit` measures the executor on this machine and fits one "
+            "help": "Folder or Hub name of a latency estimator, or a best_latency_estimator.pt of the original scripts; `fit` measures the executor on this machine and fits one "
             "first (about a minute). By default the one that ships for the embedded executor, which was measured on two "
             "CPU cores."
         },
@@ -76,9 +76,15 @@ class ExecutorArguments:
     )
 
 
-def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
+def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoExecutor":
     """
     Loads the executor with the knob values that are asked for.
+
+    Args:
+        args ([`ExecutorArguments`]):
+            Names it.
+        device (`str`, *optional*):
+            Where to put it. Defaults to the best device that there is.
 
     Raises:
         FileNotFoundError: If the model cannot be found.
@@ -100,6 +106,7 @@ def load_executor(args: ExecutorArguments) -> "MolmoExecutor":
                 )
     executor = MolmoExecutor.from_pretrained(
         args.model_path,
+        device=device,
         importance=args.importance_path,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.executor_batch_size,
@@ -149,7 +156,9 @@ def knob_space_of(args: ExecutorArguments, config: "MolmoConfig") -> "KnobSpace"
     return KnobSpace.from_executor_config(config, tier_crops, args.top_k_values, args.num_blocks_values)
 
 
-def load_latency_estimator(args: ExecutorArguments, executor: "MolmoExecutor") -> "LatencyEstimatorModel":
+def load_latency_estimator(
+    args: ExecutorArguments, executor: "MolmoExecutor"
+) -> "LatencyEstimatorModel | OriginalLatencyEstimatorModel":
     """
     Loads the latency estimator that `latency_estimator_path` names (any value but `fit`).
 
@@ -157,7 +166,7 @@ def load_latency_estimator(args: ExecutorArguments, executor: "MolmoExecutor") -
         FileNotFoundError: If it cannot be found.
         ValueError: If there is none, or it was fitted on an executor of other sizes or on other knob values.
     """
-    from ..latency import LatencyEstimatorModel, embedded_latency_estimator_path
+    from ..latency import embedded_latency_estimator_path, read_latency_estimator
 
     path = args.latency_estimator_path
     if path is None:
@@ -167,10 +176,10 @@ def load_latency_estimator(args: ExecutorArguments, executor: "MolmoExecutor") -
                 "measure this machine first, or the folder of an estimator."
             )
         path = embedded_latency_estimator_path()
-    elif not Path(path).is_dir() and "/" not in str(path):
+    elif not Path(path).exists() and "/" not in str(path):
         raise FileNotFoundError(
             f"`latency_estimator_path` '{path}' does not exist: give the folder of an estimator, or `{FIT}`."
         )
-    estimator = LatencyEstimatorModel.from_pretrained(path)
+    estimator = read_latency_estimator(path)
     estimator.check_executor(executor.model.config)
     return estimator

@@ -17,25 +17,27 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..trainer import JointGRPOConfig
-from . import ScriptParser, run_script
-from .data_arguments import DataArguments, load_data_splits, open_skipped_rows
-from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
+from . import run_script
+from .data_arguments import DataArguments
+from .executor_arguments import ExecutorArguments
+from .original_arguments import OriginalArguments, TrainParser
+from .training_setup import TrainingSetup, set_up_from_executor, set_up_from_results
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..controller import JointControllerModel
+    from ..evaluation.policies import Policy
     from ..evaluation.sweep import SweepRow
-    from ..executor import MolmoExecutor
-    from ..latency import LatencyEstimatorModel
     from ..outcomes import OutcomeCollector
-    from ..trainer import JointGRPOTrainer
+    from ..trainer import JointGRPOTrainer, LatencyBudgetRange
 
 
 logger = logging.getLogger("joint_controller.train")
@@ -43,27 +45,45 @@ logger = logging.getLogger("joint_controller.train")
 LOG_FILE = "joint_controller_training.log"
 RESULTS_FILE = "sweep_results.json"
 
-NUM_PROFILED_INPUTS = 12
-"""Training samples that `--latency_estimator_path fit` measures with."""
+DEFAULT_SWEEP_BUDGET_FRACTIONS = (0.35, 0.5, 0.7, 0.85, 1.0)
+NUM_SPREAD_BUDGETS = 5
 
 
 @dataclass
-class TrainArguments(ExecutorArguments, DataArguments):
+class TrainArguments(OriginalArguments, ExecutorArguments, DataArguments):
     """
     Arguments of `joint-controller train`, beside those of [`JointGRPOConfig`].
     """
 
+    given: frozenset[str] = field(init=False, default=frozenset())
+    """Fields that flags or recipe named."""
+
+    model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Executor: a folder or Hub name of a Molmo, or `embedded` for the one that ships. Default: embedded; with "
+            "results_dir, none."
+        },
+    )
     max_static_samples: int = field(
         default=256,
         metadata={
             "help": "Training samples on which every static setting is tried, to find the best one of each budget."
         },
     )
-    stage1_inputs: str = field(
-        default="question_and_budget",
+    stage1_inputs: str | None = field(
+        default=None,
         metadata={
-            "help": "What stage 1 decides the tier from.",
+            "help": "What stage 1 decides the tier from. Default: question_and_budget; without a model_path, budget.",
             "choices": ["question_and_budget", "budget"],
+        },
+    )
+    stage2_inputs: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stage 2 decides top_k and num_blocks from, beside the tier. Default: image_question_and_budget; for "
+            "recorded results, what there is of it.",
+            "choices": ["image_question_and_budget", "question_and_budget", "budget"],
         },
     )
     precompute_outcomes: bool = field(
@@ -80,10 +100,17 @@ class TrainArguments(ExecutorArguments, DataArguments):
             "help": "Folder of executor outcomes; what it holds is not run again. Default: `outcomes` in the output folder."
         },
     )
-    sweep_budget_fractions: list[float] = field(
-        default_factory=lambda: [0.35, 0.5, 0.7, 0.85, 1.0],
-        metadata={"help": "Budgets of the table at the end, as fractions of the full setting's latency."},
+    sweep_budget_fractions: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Budgets of the table at the end, as fractions of the full setting's latency. Default: 0.35 0.5 0.7 0.85 "
+            "1.0; for recorded results, five from the lowest to the highest training budget."
+        },
     )
+
+    def __post_init__(self):
+        if self.model_path is None and self.results_dir is None:
+            self.model_path = "embedded"
 
 
 def main(script_args: TrainArguments, training_args: JointGRPOConfig):
@@ -92,8 +119,6 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     from transformers import set_seed
 
     from ..controller import JointControllerConfig, JointControllerModel
-    from ..evaluation.scoring import score_answer
-    from ..outcomes import OutcomeCollector, OutcomeStore
     from ..trainer import JointGRPOTrainer
     from ..trainer.latency_budgets import resolve_latency_budgets
 
@@ -102,56 +127,50 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
     output_dir = Path(training_args.output_dir)
     resume = _resume_from(training_args)
     _check_output_dir(output_dir, resume)
+    if script_args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` is 'cuda', but there is no CUDA device here: give `--device cpu`.")
     if script_args.streaming:
         training_args.check_streaming()
         if script_args.precompute_outcomes:
             raise ValueError(
                 "`precompute_outcomes` answers all training samples, and a stream has no all: unset one of them."
             )
-    # What can be refused is refused before anything is loaded, measured or written.
-    executor = load_executor(script_args)
-    skipped_rows = open_skipped_rows(script_args, output_dir)
-    train_dataset, eval_dataset, test_dataset = load_data_splits(script_args, training_args.seed, skipped_rows)
-    output_dir.mkdir(parents=True, exist_ok=True)
     is_main_process = PartialState().is_main_process
-    _log_to_file(output_dir / LOG_FILE, is_main_process)
-    logger.info(
-        "Executor %s on %s: %d settings. Samples: %s train, %d validation, %d test.",
-        script_args.model_path,
-        executor.device,
-        len(executor.knob_space),
-        "a stream to" if script_args.streaming else len(train_dataset),
-        len(eval_dataset),
-        len(test_dataset),
-    )
-    if skipped_rows:
-        logger.warning(skipped_rows.summary())
-    if script_args.latency_estimator_path == FIT:
-        latency_estimator = _fit_latency_estimator(executor, train_dataset, output_dir / "latency_estimator")
-    else:
-        latency_estimator = load_latency_estimator(script_args, executor)
-    store = OutcomeStore(script_args.outcomes_dir or output_dir / "outcomes", executor.fingerprint)
-    if len(store):
-        logger.info("%d outcomes are known and will not be computed again.", len(store))
-    collector = OutcomeCollector(executor, store, score=score_answer)
+
+    def open_output_dir():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _log_to_file(output_dir / LOG_FILE, is_main_process)
+
+    # What can be refused is refused before anything is loaded, measured or written.
+    from_results = script_args.results_dir is not None
+    set_up = set_up_from_results if from_results else set_up_from_executor
+    setup = set_up(script_args, training_args, open_output_dir)
+    collector, latency_estimator, features = setup.collector, setup.latency_estimator, setup.collector.feature_source
 
     set_seed(training_args.seed)
-    budgets = resolve_latency_budgets(training_args, collector, latency_estimator, train_dataset)
+    budgets = resolve_latency_budgets(training_args, collector, latency_estimator, setup.train_dataset)
     logger.info(
-        "Budgets: %.1f to %.1f ms. Estimated latency: %.1f ms at the full setting, %.1f ms at the cheapest.",
+        "Budgets: %.1f to %.1f ms. Latency: %.1f ms at the full setting, %.1f ms at the cheapest.",
         budgets.minimum_ms,
         budgets.maximum_ms,
         budgets.full_setting_ms,
         budgets.cheapest_setting_ms,
     )
+    if script_args.sweep_budget_fractions is None:
+        script_args.sweep_budget_fractions = (
+            list(_spread_fractions(budgets)) if from_results else list(DEFAULT_SWEEP_BUDGET_FRACTIONS)
+        )
+    # Recorded outcomes cost nothing to look at: a budget that no setting fits is refused before training.
+    baselines = _baselines(script_args, training_args, setup, budgets) if from_results else None
+    sizes = {} if features is None else {"question_size": features.hidden_size, "vision_size": features.hidden_size}
     controller = JointControllerModel(
         JointControllerConfig(
-            knob_space=executor.knob_space.to_dict(),
-            question_size=executor.hidden_size,
-            vision_size=executor.hidden_size,
+            knob_space=collector.knob_space.to_dict(),
             latency_budget_min_ms=budgets.minimum_ms,
             latency_budget_max_ms=budgets.maximum_ms,
-            stage1_inputs=script_args.stage1_inputs,
+            stage1_inputs=setup.stage1_inputs,
+            stage2_inputs=setup.stage2_inputs,
+            **sizes,
         )
     )
     untrained = copy.deepcopy(controller)
@@ -160,22 +179,26 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
         collector=collector,
         latency_estimator=latency_estimator,
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=setup.train_dataset,
+        eval_dataset=setup.eval_dataset,
         callbacks=[_log_metrics_callback()],
     )
     if script_args.precompute_outcomes:
-        _precompute_outcomes(collector, train_dataset)
+        _precompute_outcomes(collector, setup.train_dataset)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output_dir))
-    if script_args.streaming and skipped_rows:
-        logger.warning(skipped_rows.summary())
+    if script_args.streaming and setup.skipped_rows:
+        logger.warning(setup.skipped_rows.summary())
     if is_main_process:
-        latency_estimator.save_pretrained(output_dir / "latency_estimator")
+        if latency_estimator is not None:
+            latency_estimator.save_pretrained(output_dir / "latency_estimator")
         with torch.no_grad():
-            rows = _sweep(script_args, training_args, trainer, untrained, train_dataset, test_dataset)
-        _report(rows, output_dir, collector, script_args)
-        store.compact()
+            if baselines is None:
+                baselines = _baselines(script_args, training_args, setup, budgets)
+            rows = _sweep(script_args, training_args, setup, trainer, untrained, baselines)
+        _report(rows, output_dir, setup)
+        if not from_results:
+            collector.store.compact()
     PartialState().wait_for_everyone()
 
 
@@ -195,28 +218,6 @@ def _check_output_dir(output_dir: Path, resume: str | bool):
             f"`output_dir` '{output_dir}' holds another run ({LOG_FILE}): give `--resume_from_checkpoint true` to go on "
             "with it, or name another folder."
         )
-
-
-def _fit_latency_estimator(
-    executor: "MolmoExecutor", train_dataset: "Dataset", folder: Path
-) -> "LatencyEstimatorModel":
-    """Measures this machine and fits an estimator; a resumed run goes on with the latencies that it began with."""
-    from ..data import take_rows
-    from ..latency import LatencyEstimatorModel, fit_latency_estimator
-    from ..latency.profiling import profile_executor
-
-    if not (folder / "config.json").exists():
-        logger.info("Measuring the executor on this machine to fit a latency estimator.")
-        inputs = take_rows(train_dataset, NUM_PROFILED_INPUTS)
-        estimator, report = fit_latency_estimator(profile_executor(executor, inputs, time_limit_s=45))
-        errors = {stage: 100 * report[stage]["mape"] for stage in ("prefill", "decode")}
-        logger.info("Held-out error of the estimator: prefill %(prefill).1f %%, decode %(decode).1f %%.", errors)
-        if max(errors.values()) > 20:
-            logger.warning("That is a lot: is the machine busy with something else?")
-        estimator.save_pretrained(folder)
-    estimator = LatencyEstimatorModel.from_pretrained(folder)
-    estimator.check_executor(executor.model.config)
-    return estimator
 
 
 def _log_to_file(path: Path, is_main_process: bool):
@@ -252,7 +253,7 @@ def _precompute_outcomes(collector: "OutcomeCollector", train_dataset: "Dataset"
     from accelerate import PartialState
 
     state = PartialState()
-    settings = list(collector.executor.knob_space)
+    settings = list(collector.knob_space)
     logger.info("Answering %d training samples at %d settings each.", len(train_dataset), len(settings))
     rows = list(range(state.process_index, len(train_dataset), state.num_processes))
     samples = [train_dataset[row] for row in rows]
@@ -263,50 +264,64 @@ def _precompute_outcomes(collector: "OutcomeCollector", train_dataset: "Dataset"
     collector.store.reload()
 
 
-def _sweep(
-    script_args: TrainArguments,
-    training_args: JointGRPOConfig,
-    trainer: "JointGRPOTrainer",
-    untrained: "JointControllerModel",
-    train_dataset: "Dataset",
-    test_dataset: "Dataset",
-) -> "list[SweepRow]":
-    from ..data import take_rows
-    from ..evaluation.policies import ControllerPolicy
-    from ..evaluation.sweep import baseline_policies, sweep_budgets
+def _spread_fractions(budgets: "LatencyBudgetRange") -> Iterator[float]:
+    """Budgets from the lowest to the highest that are trained on, as fractions of the full setting's latency."""
+    step_ms = (budgets.maximum_ms - budgets.minimum_ms) / (NUM_SPREAD_BUDGETS - 1)
+    for number in range(NUM_SPREAD_BUDGETS):
+        # A hair above: rounding must not put the lowest budget below the latency that it stands for.
+        yield (budgets.minimum_ms + number * step_ms) / budgets.full_setting_ms * (1 + 1e-9)
 
-    executor = trainer.collector.executor
-    controller = trainer.accelerator.unwrap_model(trainer.model)
-    full_setting_ms = trainer.latency_budgets.full_setting_ms
-    common = (trainer.collector, trainer.latency_estimator)
+
+def _baselines(
+    script_args: TrainArguments, training_args: JointGRPOConfig, setup: TrainingSetup, budgets: "LatencyBudgetRange"
+) -> "list[Policy]":
+    from ..data import take_rows
+    from ..evaluation.sweep import baseline_policies
+
     logger.info("Trying every static setting on training samples, to find the best one of each budget.")
-    static_samples = list(take_rows(train_dataset, script_args.max_static_samples))
-    baselines = baseline_policies(
-        *common,
-        static_samples,
-        [fraction * full_setting_ms for fraction in script_args.sweep_budget_fractions],
+    return baseline_policies(
+        setup.collector,
+        setup.latency_estimator,
+        list(take_rows(setup.train_dataset, script_args.max_static_samples)),
+        [fraction * budgets.full_setting_ms for fraction in script_args.sweep_budget_fractions],
         training_args.reward_weights,
         training_args.seed,
         progress=True,
     )
+
+
+def _sweep(
+    script_args: TrainArguments,
+    training_args: JointGRPOConfig,
+    setup: TrainingSetup,
+    trainer: "JointGRPOTrainer",
+    untrained: "JointControllerModel",
+    baselines: "list[Policy]",
+) -> "list[SweepRow]":
+    from ..evaluation.policies import ControllerPolicy
+    from ..evaluation.sweep import sweep_budgets
+
+    controller = trainer.accelerator.unwrap_model(trainer.model)
+    features = setup.collector.feature_source
     policies = [
-        ControllerPolicy(controller, executor),
+        ControllerPolicy(controller, features),
         *baselines,
-        ControllerPolicy(untrained.to(controller.device), executor, "untrained"),
+        ControllerPolicy(untrained.to(controller.device), features, "untrained"),
     ]
-    logger.info("Evaluating on %d test samples.", len(test_dataset))
+    logger.info("Evaluating on %d test samples.", len(setup.test_dataset))
     return sweep_budgets(
         policies,
-        *common,
-        list(test_dataset),
+        setup.collector,
+        setup.latency_estimator,
+        list(setup.test_dataset),
         script_args.sweep_budget_fractions,
-        full_setting_ms,
+        trainer.latency_budgets.full_setting_ms,
         training_args.reward_weights,
         progress=True,
     )
 
 
-def _report(rows: "list[SweepRow]", output_dir: Path, collector: "OutcomeCollector", script_args: TrainArguments):
+def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup):
     from rich.console import Console
 
     from ..evaluation.sweep import (
@@ -320,7 +335,7 @@ def _report(rows: "list[SweepRow]", output_dir: Path, collector: "OutcomeCollect
     sweep_to_dataset(rows).to_parquet(output_dir / SWEEP_FILE)
     policies = list(dict.fromkeys(row.policy for row in rows))
     mean_rewards = {policy: mean_over_budgets(rows, policy) for policy in policies}
-    results = {"eval_reward_mean_over_budgets": mean_rewards, "num_executed": collector.num_executed}
+    results = {"eval_reward_mean_over_budgets": mean_rewards, "num_executed": setup.collector.num_executed}
     (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [row for row in rows if row.policy in ("controller", "best static", "full")]
     for console in (Console(), Console(file=(output_dir / LOG_FILE).open("a", encoding="utf-8"), width=160)):
@@ -328,11 +343,12 @@ def _report(rows: "list[SweepRow]", output_dir: Path, collector: "OutcomeCollect
         console.print(
             "Mean reward over budgets: " + ", ".join(f"{name} {value:.3f}" for name, value in mean_rewards.items())
         )
-    (output_dir / "README.md").write_text(_model_card(format_sweep_markdown(rows), script_args), encoding="utf-8")
+    (output_dir / "README.md").write_text(_model_card(format_sweep_markdown(rows), setup), encoding="utf-8")
     logger.info("Controller, log, outcomes and sweep are in %s.", output_dir)
 
 
-def _model_card(sweep_table: str, script_args: TrainArguments) -> str:
+def _model_card(sweep_table: str, setup: TrainingSetup) -> str:
+    latencies = "as they were recorded" if setup.latency_estimator is None else "estimates"
     return f"""---
 library_name: joint-controller
 pipeline_tag: visual-question-answering
@@ -341,19 +357,19 @@ tags:
 - grpo
 ---
 
-# Controller for `{script_args.model_path}`
+# Controller for {setup.source}
 
 Sets three knobs of a frozen Molmo (image tier, experts per token, blocks that run) for each question, so that the answer
-is as good as its latency budget allows. Trained by GRPO on {", ".join(script_args.dataset_names)}.
+is as good as its latency budget allows. Trained by GRPO on {", ".join(setup.dataset_names)}.
 
-Latencies are estimates at batch 1. The best static setting of each budget was chosen on training samples.
+Latencies are {latencies}, at batch 1. The best static setting of each budget was chosen on training samples.
 
 {sweep_table}
 """
 
 
-def make_parser() -> ScriptParser:
-    return ScriptParser((TrainArguments, JointGRPOConfig))
+def make_parser() -> TrainParser:
+    return TrainParser((TrainArguments, JointGRPOConfig))
 
 
 if __name__ == "__main__":

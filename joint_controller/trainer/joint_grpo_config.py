@@ -52,6 +52,12 @@ class JointGRPOConfig(GRPOConfig):
             Highest training budget, as a fraction of the full setting's estimated latency. Defaults to `1.0` where no
             budgets in ms are given.
 
+        > Parameters that control checkpoints
+
+        save_every_n_epochs (`int`, *optional*):
+            With `eval_strategy` and `save_strategy` "epoch": evaluates after every epoch, but saves after every n-th only,
+            after the last, and after each that gives the best controller so far.
+
         > Parameters that control stage 1
 
         stage1_lr_ratio (`float`, *optional*, defaults to `1.0`):
@@ -164,6 +170,15 @@ class JointGRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control checkpoints
+    save_every_n_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs between two checkpoints; evaluates after every epoch and saves the best controller, too. Sets "
+            "eval_strategy and save_strategy to 'epoch'."
+        },
+    )
+
     # Parameters that control stage 1
     stage1_lr_ratio: float = field(
         default=1.0,
@@ -229,6 +244,15 @@ class JointGRPOConfig(GRPOConfig):
             )
 
     def _check_checkpoints(self):
+        if self.save_every_n_epochs is not None:
+            if self.save_every_n_epochs < 1:
+                raise ValueError(f"`save_every_n_epochs` is {self.save_every_n_epochs}: give 1 or more.")
+            for name in ("eval_strategy", "save_strategy"):
+                if getattr(self, name) != "epoch":
+                    raise ValueError(
+                        f"`save_every_n_epochs` is set, but `{name}` is '{getattr(self, name).value}': set it to 'epoch', or "
+                        "unset `save_every_n_epochs`."
+                    )
         # Rollouts that were made but not yet trained on are not part of a checkpoint: an exact resume needs checkpoints
         # where the next step rolls out anew. Epochs always end there.
         generate_every = self.steps_per_generation * self.num_iterations  # in forward and backward passes

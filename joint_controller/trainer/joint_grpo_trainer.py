@@ -31,6 +31,7 @@ from ..latency import LatencyEstimatorModel
 from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
 from ..rewards import REWARD_FUNCTIONS
 from .checkpoints import last_complete_checkpoint
+from .epoch_checkpoints import EpochCheckpoints
 from .joint_grpo_config import JointGRPOConfig
 from .latency_budgets import resolve_latency_budgets
 from .rollout import FeatureCache, Sample, collect_outcomes, draw_action_noise
@@ -224,6 +225,8 @@ class JointGRPOTrainer(GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        if args.save_every_n_epochs is not None:
+            self.add_callback(EpochCheckpoints(args.save_every_n_epochs))
         if reference is not None:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         shares_store = self.accelerator.num_processes > 1 and isinstance(collector, OutcomeCollector)

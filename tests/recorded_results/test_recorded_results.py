@@ -84,11 +84,18 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
 
 
 def test_the_latency_estimator_is_fitted_to_an_import(tmp_path, tiny_molmo_config):
-    write_results(tmp_path / "results")
+    write_results(tmp_path / "results", ["text-vqa"], num_samples=2)
     tiny_molmo_config.save_pretrained(tmp_path / "model")
     for name, flags in (("unknown", []), ("known", ["--model_path", str(tmp_path / "model")])):
         assert import_folder(tmp_path / "results", tmp_path / name, *flags) == 0
-        argv = ["--profile_path", str(tmp_path / name), "--output_dir", str(tmp_path / f"latency_{name}")]
+        argv = [
+            "--profile_path",
+            str(tmp_path / name),
+            "--output_dir",
+            str(tmp_path / f"latency_{name}"),
+            "--num_folds",
+            "2",
+        ]
         assert run_script("fit-latency", fit_latency.make_parser, fit_latency.main, argv) == 0
     unknown, known = (
         LatencyEstimatorModel.from_pretrained(tmp_path / f"latency_{name}") for name in ("unknown", "known")
@@ -128,9 +135,15 @@ def test_images_that_are_missing_or_doubtful_are_refused(tmp_path):
     samples = load_recorded_results(write_results(tmp_path / "results", ["text-vqa"], num_samples=3)).samples
     with pytest.raises(FileNotFoundError, match="`image_dir` '.*images' does not exist"):
         find_images(samples, tmp_path / "images")
-    save_image(tmp_path / "images" / "1000.png", 0)
-    with pytest.raises(ValueError, match=r"2 of 3 samples have no image in .* 'text_vqa/recorded/1' \(image '1001'\)"):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="has no image of any of the 3 samples; the first is '1000'"):
         find_images(samples, tmp_path / "images")
+    save_image(tmp_path / "images" / "1000.png", 0)
+    found = find_images(samples, tmp_path / "images")
+    assert found["defect"][0] is None
+    assert found["defect"][1:] == [
+        f"image: there is no file for image '{number}' in '{tmp_path / 'images'}'" for number in (1001, 1002)
+    ]
     save_image(tmp_path / "images" / "COCO_val2014_000000001000.png", 0)
     with pytest.raises(ValueError, match="sample 'text_vqa/recorded/0' has image '1000', which is both"):
         find_images(samples, tmp_path / "images")
