@@ -36,7 +36,7 @@ HIDDEN_CHANGE = "hidden_change"
 SEARCHED_FILE = "searched_blocks.json"
 COMPARISON = "comparison"
 ACCURACIES = "accuracies"
-ALL = "all"
+ALL = "all"  # data sets together, as in evaluation.block_comparison
 
 METHODS = {
     IMPORTANCE: "accuracy lost when the block is left out, other knobs full",
@@ -178,6 +178,12 @@ def main(args: ImportanceArguments) -> None:
     if counts:
         # Loaded now: what is wrong with it should not come to light after the search.
         held_out = _load(args, executor, args.comparison_split, args.max_comparison_samples, skipped_rows)
+        seen = set(scored.accuracies.sample_ids).intersection(held_out.accuracies.sample_ids)
+        if seen:
+            raise ValueError(
+                f"{len(seen)} samples, '{min(seen)}' among them, are both in `dataset_split` '{scored.split}' and in "
+                f"`comparison_split` '{held_out.split}': compare on samples that the search has not seen."
+            )
         num_answers += max_sets_searched(num_layers, min(counts), args.beam_width) * len(scored.samples)
         num_answers += (1 + (4 + args.num_random_sets) * len(counts)) * len(held_out.samples)
     if skipped_rows:
@@ -202,12 +208,11 @@ def main(args: ImportanceArguments) -> None:
 def _check(args: ImportanceArguments, output_dir: Path) -> None:
     if not args.output_dir:
         raise ValueError("`--output_dir` is missing.")
-    for name in (f"{IMPORTANCE}.json", SEARCHED_FILE, f"{COMPARISON}.json"):
-        if (output_dir / name).exists():
-            raise FileExistsError(
-                f"'{output_dir / name}' exists: name another `output_dir`, or delete the file (answers in {ACCURACIES}/ "
-                "are used again)."
-            )
+    last_file = output_dir / f"{IMPORTANCE}.json"
+    if last_file.exists():
+        raise FileExistsError(
+            f"'{last_file}' exists: name another `output_dir`, or delete the file (answers in {ACCURACIES}/ are used again)."
+        )
     if args.beam_width is None:
         if args.num_blocks_values is not None:
             raise ValueError("`num_blocks_values` is for a search: give `beam_width`, too.")
@@ -216,11 +221,6 @@ def _check(args: ImportanceArguments, output_dir: Path) -> None:
         raise ValueError(f"`beam_width` is {args.beam_width}: give 1 (a greedy search) or more.")
     if args.num_random_sets < 2:
         raise ValueError(f"`num_random_sets` is {args.num_random_sets}: their spread needs 2 or more.")
-    if args.comparison_split == args.dataset_split:
-        raise ValueError(
-            f"`comparison_split` and `dataset_split` are both '{args.dataset_split}': compare on samples that the search "
-            "has not seen."
-        )
 
 
 def _counts_to_search(args: ImportanceArguments, executor: "MolmoExecutor") -> list[int]:
@@ -334,9 +334,10 @@ def _save_scores(
     for method in scores:
         for dataset in scored.rows_of:
             save(f"{method}_{_file_name(dataset)}.json", method, dataset)
-        save(f"{method}.json", method, ALL)
     if searched is not None:
         save(SEARCHED_FILE, IMPORTANCE, ALL, searched)
+    save(f"{HIDDEN_CHANGE}.json", HIDDEN_CHANGE, ALL)
+    save(f"{IMPORTANCE}.json", IMPORTANCE, ALL)  # the last file: where it is, nothing is missing
 
 
 def _file_name(dataset: str) -> str:

@@ -117,7 +117,10 @@ def test_the_search_is_compared_on_another_split_and_can_be_used(tmp_path, capsy
         (["--beam_width", "1", "--num_blocks_values", "0", "4"], "from 1 to 7 blocks"),
         (["--beam_width", "0"], "`beam_width` is 0"),
         (["--beam_width", "1", "--num_random_sets", "1"], "`num_random_sets` is 1"),
-        (["--beam_width", "1", "--comparison_split", "validation"], "are both 'validation'"),
+        (
+            ["--beam_width", "1", "--comparison_split", "validation", "--max_comparison_samples", "6"],
+            "4 samples, 'easy_vqa/validation/",
+        ),
         (["--beam_width", "1", "--comparison_split", "no_such_split"], "no_such_split"),
     ],
 )
