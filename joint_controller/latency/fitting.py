@@ -1,8 +1,10 @@
 """Fits the latency estimator to a profile of the executor, and measures how well it does on what it has not seen."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +43,6 @@ UPPER_QUANTILES = (0.9, 0.95, 0.99)
 # all); 1.4826 turns a median absolute deviation into a standard deviation.
 _HUBER_THRESHOLD = 1.345
 _MAD_TO_STANDARD_DEVIATION = 1.4826
-_REWEIGHTINGS = 20
 
 # The learned factor is the most likely one under a normal prior: steps of about half the physical terms, weights within
 # a factor of e of where they start. Chosen on formulas with kinks and steps, 30 to 300 measurements and 1 to 5 % noise:
@@ -70,30 +71,47 @@ def nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor) -> tor
         `torch.Tensor` of shape (k,): float64.
     """
     matrix, target = matrix.double(), target.double()
-    num_columns = matrix.shape[1]
     scale = matrix.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    # The triangular factor stands for all rows: the subsets are solved on k + 1 rows, however many were measured.
+    # The triangular factor stands for all rows, however many were measured.
     triangular = torch.linalg.qr(torch.cat([matrix / scale, target[:, None]], dim=1), mode="r").R
     columns, reduced_target = triangular[:, :-1], triangular[:, -1]
-    best, best_error = torch.zeros(num_columns, dtype=torch.float64), reduced_target.square().sum()
-    tolerance = 1e-12 * best_error
-    for size in range(1, num_columns + 1):
-        subsets = torch.combinations(torch.arange(num_columns), size)  # (subsets, size)
-        chosen = columns[:, subsets].transpose(0, 1)  # (subsets, rows, size)
-        targets = reduced_target.expand(len(subsets), -1)[..., None]
-        # "gelsd" copes with columns that depend on each other, as when only one value of a knob was measured.
-        solutions = torch.linalg.lstsq(chosen, targets, driver="gelsd").solution
-        errors = (chosen @ solutions - targets).square().sum((1, 2))
-        errors[(solutions < 0).any(1)[:, 0]] = math.inf
-        smallest = errors.argmin()
-        if errors[smallest] < best_error - tolerance:
-            best_error = errors[smallest]
-            best = torch.zeros(num_columns, dtype=torch.float64)
-            best[subsets[smallest]] = solutions[smallest, :, 0]
-    return best / scale
+    subsets = _column_subsets(matrix.shape[1])  # (subsets, k), 1 where a column is in
+    # The normal equations of each subset, those of the columns that are out being x = 0. The small diagonal lets columns
+    # depend on each other, as when only one value of a knob was measured; the second step takes out what it adds.
+    gram = columns.T @ columns
+    diagonal = torch.where(subsets > 0, 1e-14 * gram.diagonal().max(), 1.0)
+    systems = gram * subsets[:, :, None] * subsets[:, None, :] + torch.diag_embed(diagonal)
+    solutions = torch.zeros_like(subsets)
+    for _ in range(2):
+        residuals = reduced_target[:, None] - columns @ solutions.T  # (rows, subsets)
+        solutions = solutions + torch.linalg.solve(systems, (subsets * (columns.T @ residuals).T)[..., None])[..., 0]
+    errors = (columns @ solutions.T - reduced_target[:, None]).square().sum(0)
+    errors[(solutions < 0).any(1)] = math.inf
+    error_of_zero = reduced_target.square().sum()
+    tolerance = 1e-12 * error_of_zero
+    best = errors.min()
+    if not best < error_of_zero - tolerance:
+        return torch.zeros_like(scale)
+    return solutions[(errors <= best + tolerance).nonzero()[0, 0]] / scale
 
 
-def fit_coefficients(features: torch.Tensor, measured_ms: torch.Tensor) -> torch.Tensor:
+@lru_cache
+def _column_subsets(num_columns: int) -> torch.Tensor:
+    """All subsets of columns but the empty one, as rows of ones and zeros, the smallest subsets first."""
+    subsets = [
+        [float(column in chosen) for column in range(num_columns)]
+        for size in range(1, num_columns + 1)
+        for chosen in itertools.combinations(range(num_columns), size)
+    ]
+    return torch.tensor(subsets, dtype=torch.float64)
+
+
+def fit_coefficients(
+    features: torch.Tensor,
+    measured_ms: torch.Tensor,
+    prior: tuple[torch.Tensor, torch.Tensor] | None = None,
+    reweightings: int = 20,
+) -> torch.Tensor:
     """
     Non-negative coefficients with a small relative error, in which single outliers count little (Huber's loss, by
     iterative reweighting): other processes disturb a measurement now and then, and only ever make it longer.
@@ -103,6 +121,11 @@ def fit_coefficients(features: torch.Tensor, measured_ms: torch.Tensor) -> torch
             Non-negative features of each measurement.
         measured_ms (`torch.Tensor` of shape (n,)):
             Measured times, positive.
+        prior (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Further equations for the coefficients, which count in full: a matrix of shape (m, k), and what it is to give,
+            of shape (m,), in the measure of relative errors.
+        reweightings (`int`, *optional*, defaults to 20):
+            Iterations.
 
     Returns:
         `torch.Tensor` of shape (k,): milliseconds per unit of each feature, float64.
@@ -110,9 +133,13 @@ def fit_coefficients(features: torch.Tensor, measured_ms: torch.Tensor) -> torch
     measured_ms = measured_ms.double()
     relative_features = features.double() / measured_ms[:, None]
     weights = torch.ones_like(measured_ms)
-    for _ in range(_REWEIGHTINGS):
+    prior_matrix, prior_target = prior or (features.new_zeros(0, features.shape[1]), features.new_zeros(0))
+    for _ in range(reweightings):
         root = weights.sqrt()
-        coefficients = nonnegative_least_squares(root[:, None] * relative_features, root)
+        coefficients = nonnegative_least_squares(
+            torch.cat([root[:, None] * relative_features, prior_matrix.double()]),
+            torch.cat([root, prior_target.double()]),
+        )
         residuals = (relative_features @ coefficients - 1).abs()
         threshold = _HUBER_THRESHOLD * _MAD_TO_STANDARD_DEVIATION * residuals.median()
         weights = torch.where(residuals > threshold, threshold / residuals, 1.0)
