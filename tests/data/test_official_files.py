@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from datasets import Dataset
 from PIL import Image as PILImage
 from published import (
     coco_2014_vqa_row,
@@ -19,7 +20,9 @@ from published import (
     write_official_text_vqa,
 )
 
+from joint_controller.cli import main
 from joint_controller.data import load_vqa_dataset, read_source
+from joint_controller.latency import embedded_latency_estimator_path
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +41,21 @@ def official_okvqa_row(number: int) -> dict:
     return {**row, "question_id": int(row["question_id"]), "image_id": 297147 + number, "answers": answers}
 
 
+def write_official(folder: Path, num_validation: int) -> dict[str, Path]:
+    """The official files of three data sets, train and validation, each in a folder of its own."""
+    folders = {name: folder / name for name in ("text_vqa", "coco_2014_vqa", "okvqa")}
+    subsets = {"train": range(20, 24), "val": range(num_validation)}
+    for subset, numbers in subsets.items():
+        write_official_text_vqa(folders["text_vqa"], subset, [text_vqa_row(number) for number in numbers])
+        rows = [coco_2014_vqa_row(number) for number in numbers]
+        write_official_coco(folders["coco_2014_vqa"], f"{subset}2014", "v2_", rows)
+        write_official_coco(folders["okvqa"], f"{subset}2014", "", [official_okvqa_row(number) for number in numbers])
+    return folders
+
+
 @pytest.fixture
 def official(tmp_path) -> dict[str, Path]:
-    """The official files of three data sets, train and validation, each in its folder."""
-    folders = {name: tmp_path / "official" / name for name in ("text_vqa", "coco_2014_vqa", "okvqa")}
-    write_official_text_vqa(folders["text_vqa"], "train", [text_vqa_row(number) for number in range(20, 24)])
-    write_official_text_vqa(folders["text_vqa"], "val", [text_vqa_row(number) for number in range(6)])
-    for subset, numbers in (("train2014", range(20, 24)), ("val2014", range(6))):
-        write_official_coco(folders["coco_2014_vqa"], subset, "v2_", [coco_2014_vqa_row(number) for number in numbers])
-        write_official_coco(folders["okvqa"], subset, "", [official_okvqa_row(number) for number in numbers])
-    return folders
+    return write_official(tmp_path / "official", num_validation=6)
 
 
 PUBLISHED_ROWS = {"text_vqa": text_vqa_row, "coco_2014_vqa": coco_2014_vqa_row, "okvqa": okvqa_row}
@@ -72,6 +80,32 @@ def test_official_files_give_the_rows_of_the_hub(official, tmp_path, name, strea
     hub_part = read_source(part[0].format(tmp_path / "hub"), part[1])
     official_part = read_source(part[0].format(official[name]), part[1])
     assert set(hub_part["sample_id"]) == set(official_part["sample_id"])
+
+
+def test_the_recipe_trains_on_the_official_files(tmp_path, monkeypatch):
+    """As it is shipped, but for the executor, its budgets and the number of steps: the paths are those of the recipe."""
+    recipe = Path(__file__).parents[2] / "recipes" / "molmoe_1b" / "grpo.yaml"
+    monkeypatch.chdir(tmp_path)
+    folders = write_official(tmp_path / "data", num_validation=20)
+    for name, folder in (("text_vqa", "textvqa"), ("coco_2014_vqa", "vqav2")):
+        folders[name].rename(tmp_path / "data" / folder)
+    changes = {
+        "model_path": "embedded",
+        "latency_estimator_path": str(embedded_latency_estimator_path()),
+        "latency_budget_min_fraction": 0.5,
+        "max_new_tokens": 2,
+        "max_static_samples": 2,
+        "max_steps": 8,
+        "eval_steps": 8,
+        "save_steps": 8,
+        "per_device_train_batch_size": 8,
+    }
+    flags = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+    assert main(["train", "--config", str(recipe), *flags]) == 0
+    outcomes = Dataset.from_parquet(str(tmp_path / "outputs" / "molmoe_1b" / "outcomes" / "*.parquet"))
+    names = {sample_id.split("/")[0] for sample_id in outcomes["sample_id"]}
+    assert names == set(PUBLISHED_ROWS)
+    assert (tmp_path / "outputs" / "molmoe_1b" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED_ROWS))

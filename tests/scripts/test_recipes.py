@@ -73,7 +73,10 @@ def test_profile_and_fit_latency(tmp_path):
 
 
 def test_every_recipe_is_run_by_a_test():
-    """`train.yaml` is run in test_train_executor.py, those of blocks in test_importance_script.py."""
+    """
+    `train.yaml` is run in test_train_executor.py, those of blocks in test_importance_script.py, that of MolmoE-1B in
+    test_official_files.py.
+    """
     assert {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} == {
         "accelerate_configs/multi_gpu.yaml",
         "easy_vqa/grpo.yaml",
@@ -83,4 +86,5 @@ def test_every_recipe_is_run_by_a_test():
         "embedded_executor/profile.yaml",
         "embedded_executor/search_blocks.yaml",
         "embedded_executor/train.yaml",
+        "molmoe_1b/grpo.yaml",
     }
