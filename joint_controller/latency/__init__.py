@@ -16,6 +16,7 @@ from .profile_inputs import make_profile_inputs
 from .profile_report import repeatability, write_profile_report
 from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
+from .recalibration import fit_recalibration, plot_recalibration, recalibrate, recalibration_errors
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
@@ -33,13 +34,17 @@ __all__ = [
     "embedded_latency_estimator_path",
     "executor_shape",
     "fit_latency_estimator",
+    "fit_recalibration",
     "format_model_card",
     "load_profile",
     "make_profile",
     "make_profile_inputs",
     "plot_fit",
+    "plot_recalibration",
     "profile_executor",
     "read_latency_estimator",
+    "recalibrate",
+    "recalibration_errors",
     "repeatability",
     "report_errors",
     "save_profile",

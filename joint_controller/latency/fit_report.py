@@ -92,7 +92,7 @@ def report_errors(held_out: "HeldOut") -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: for `"prefill"`, `"decode"` (per token) and `"total"` the errors
         ([`~latency.fit_report.errors`]), with `p95_coverage` (share of measurements below their predicted 95th
-        percentile) and `mape_physical` (with the physical terms alone); `by_knob`, the errors of `"prefill"` and
+        percentile) and perhaps `mape_physical` (with the physical terms alone); `by_knob`, the errors of `"prefill"` and
         `"decode"` at each value of each knob; `num_measurements`, `num_settings`, `num_inputs`, `num_held_out`,
         `num_disagreeing` (measurements whose repeats disagree; None
         where nobody knows).
@@ -103,7 +103,8 @@ def report_errors(held_out: "HeldOut") -> dict[str, Any]:
         measured_ms = held_out.measured_ms[part]
         report[part] = errors(measured_ms, held_out.predicted_ms[part])
         report[part]["p95_coverage"] = coverage(held_out, part)
-        report[part]["mape_physical"] = errors(measured_ms, held_out.physical_ms[part])["mape"]
+        if held_out.physical_ms is not None:
+            report[part]["mape_physical"] = errors(measured_ms, held_out.physical_ms[part])["mape"]
     knobs = {knob: [profile[knob][row] for row in held_out.rows] for knob in KNOB_COLUMNS}
     report["by_knob"] = {}
     for knob, values in knobs.items():
@@ -160,13 +161,15 @@ def format_markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def format_model_card(model: LatencyEstimatorModel) -> str:
+def format_model_card(model: LatencyEstimatorModel, more: str = "") -> str:
     """
     The README of a fitted estimator's folder: what was measured, how large the error is, and the coefficients.
 
     Args:
         model ([`LatencyEstimatorModel`]):
             A fitted estimator.
+        more (`str`, *optional*):
+            Markdown to put behind the error.
 
     Returns:
         `str`: Markdown.
@@ -197,6 +200,12 @@ def format_model_card(model: LatencyEstimatorModel) -> str:
             f"disagree in {UNKNOWN if report['num_disagreeing'] is None else report['num_disagreeing']}",
         ),
     ]
+    physical = ""
+    if "mape_physical" in report["prefill"]:
+        physical = f"""
+With the physical terms alone, without the learned factor, the MAPE is {_share(report["prefill"]["mape_physical"])} for
+`prefill_ms` and {_share(report["decode"]["mape_physical"])} for `decode_ms_per_token`.
+"""
     if config.recalibrated_from is not None:
         facts.append(("recalibrated from", ", ".join(str(value) for value in config.recalibrated_from.values())))
     return f"""---
@@ -220,10 +229,7 @@ estimator is then fitted to all measurements). *Below p95* is the share of them 
 95th percentile.
 
 {format_markdown_table(ERROR_HEADINGS, format_error_rows(report))}
-
-With the physical terms alone, without the learned factor, the MAPE is {_share(report["prefill"]["mape_physical"])} for
-`prefill_ms` and {_share(report["decode"]["mape_physical"])} for `decode_ms_per_token`.
-
+{physical}{more}
 ## Physical terms
 
 {format_markdown_table(("stage", "feature", "ms per unit"), coefficients)}

@@ -3,7 +3,8 @@
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -358,9 +359,10 @@ class HeldOut:
             Rows of the profile.
         folds (`list[int]`):
             Fold of each of them.
-        measured_ms, predicted_ms, physical_ms (`dict[str, torch.Tensor]`):
-            `"prefill"`, `"decode"` (per token) and `"total"` of each row, measured, predicted, and predicted by the
-            physical terms alone, float64. NaN where nothing was decoded.
+        measured_ms, predicted_ms (`dict[str, torch.Tensor]`):
+            `"prefill"`, `"decode"` (per token) and `"total"` of each row, float64. NaN where nothing was decoded.
+        physical_ms (`dict[str, torch.Tensor]` or `None`):
+            What the physical terms alone predict, if that was asked.
         profile ([`~datasets.Dataset`]):
             The profile.
     """
@@ -369,7 +371,7 @@ class HeldOut:
     folds: list[int]
     measured_ms: dict[str, torch.Tensor]
     predicted_ms: dict[str, torch.Tensor]
-    physical_ms: dict[str, torch.Tensor]
+    physical_ms: dict[str, torch.Tensor] | None
     profile: Dataset
 
 
@@ -412,27 +414,59 @@ def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_uni
     Raises:
         ValueError: As [`~latency.fit_latency_estimator`].
     """
-    config = _config_of(profile, num_units)
+    config = estimator_config(profile, num_units)
     columns = profile_columns(profile)
-    rows, folds, predicted, physical = [], [], [], []
-    for fold, (train, test) in enumerate(held_out_folds(profile, num_folds, seed)):
-        rows += test
-        folds += [fold] * len(test)
-        predicted.append(predicted_parts(_fit_model(columns, train, config), columns, test))
-        physical.append(predicted_parts(_fit_model(columns, train, config, learned=False), columns, test))
-    measured_ms = {part: values[rows] for part, values in measured_parts(columns).items()}
+    folds = held_out_folds(profile, num_folds, seed)
+    physical = predict_held_out(profile, folds, lambda rows: _fit_model(columns, rows, config, learned=False))
+    held_out = predict_held_out(profile, folds, lambda rows: _fit_model(columns, rows, config))
+    return replace(held_out, physical_ms=physical.predicted_ms)
+
+
+def predict_held_out(
+    profile: Dataset, folds: Sequence[tuple[list[int], list[int]]], fit: Callable[[list[int]], LatencyEstimatorModel]
+) -> HeldOut:
+    """
+    Predicts what each fold tests on by the estimator that `fit` makes of the rows it trains on.
+
+    Args:
+        profile ([`~datasets.Dataset`]):
+            The profile.
+        folds (`Sequence[tuple[list[int], list[int]]]`):
+            Rows to train on and to test on, see [`~latency.fitting.held_out_folds`].
+        fit (`Callable[[list[int]], LatencyEstimatorModel]`):
+            Makes an estimator of rows of the profile.
+    """
+    columns = profile_columns(profile)
+    tested = [row for _, test in folds for row in test]
+    predicted = [predicted_parts(fit(train), columns, test) for train, test in folds]
     return HeldOut(
-        rows,
-        folds,
-        measured_ms,
-        {part: torch.cat([values[part] for values in predicted]) for part in measured_ms},
-        {part: torch.cat([values[part] for values in physical]) for part in measured_ms},
-        profile,
+        rows=tested,
+        folds=[number for number, (_, test) in enumerate(folds) for _ in test],
+        measured_ms={part: values[tested] for part, values in measured_parts(columns).items()},
+        predicted_ms={part: torch.cat([values[part] for values in predicted]) for part in predicted[0]},
+        physical_ms=None,
+        profile=profile,
     )
 
 
-def _config_of(profile: Dataset, num_units: int) -> LatencyEstimatorConfig:
-    """What an estimator of a profile says of its origin."""
+def calibrate_quantiles(held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """The upper quantiles of [`LatencyEstimatorConfig`], from the errors on what was held out."""
+    return {
+        part: {
+            str(quantile): conformal_quantile(held_out.measured_ms[part] / held_out.predicted_ms[part], quantile)
+            for quantile in UPPER_QUANTILES
+        }
+        for part in held_out.measured_ms
+    }
+
+
+def estimator_config(profile: Dataset, num_units: int) -> LatencyEstimatorConfig:
+    """
+    Configuration of an estimator that is fitted to a profile: what was measured on what.
+
+    Raises:
+        ValueError: If the profile is none, mixes executors or machines, or has no decode step.
+    """
     check_profile(profile)
     check_one_machine(profile)
     if set(profile["decode_ms_per_token"]) == {None}:
@@ -482,15 +516,9 @@ def fit_latency_estimator(
         ValueError: If the profile lacks columns, is empty, mixes executors or machines, holds times that are not
             positive or no decode step, or has too few settings or inputs.
     """
-    config = _config_of(profile, num_units)
+    config = estimator_config(profile, num_units)
     if held_out is None:
         held_out = cross_validate(profile, num_folds, seed, num_units)
     config.held_out = report_errors(held_out)
-    config.upper_quantiles = {
-        part: {
-            str(quantile): conformal_quantile(held_out.measured_ms[part] / held_out.predicted_ms[part], quantile)
-            for quantile in UPPER_QUANTILES
-        }
-        for part in held_out.measured_ms
-    }
+    config.upper_quantiles = calibrate_quantiles(held_out)
     return _fit_model(profile_columns(profile), list(range(len(profile))), config), config.held_out

@@ -1,5 +1,5 @@
 """
-Fits a latency estimator to a profile.
+Fits a latency estimator to a profile, or adapts one to it that was fitted on other hardware.
 
 ```bash
 joint-controller fit-latency --profile_path outputs/profile --output_dir outputs/latency
@@ -8,10 +8,16 @@ joint-controller fit-latency --profile_path outputs/profile --output_dir outputs
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import ScriptParser, run_script
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -26,20 +32,34 @@ class FitLatencyArguments:
     output_dir: str = field(
         metadata={
             "help": "Folder for the estimator, its card (README.md) and its error (fit_report.json, predicted.png, "
-            "error_by_knob.png)."
+            "error_by_knob.png; recalibration.png)."
         }
+    )
+    base_estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub name of an estimator of the same executor on other hardware. It is adapted to the profile, "
+            "for which a few measurements are enough, in place of fitting a new one."
+        },
+    )
+    recalibration_sizes: list[int] = field(
+        default_factory=lambda: [10, 25, 50],
+        metadata={
+            "help": "Numbers of measurements for which the error of adapting `base_estimator` is reported, beside the error "
+            "of using it as it is."
+        },
     )
     num_folds: int = field(
         default=4,
         metadata={"help": "Parts that settings and inputs are divided in to measure the error on unseen ones."},
     )
+    num_units: int = field(
+        default=16, metadata={"help": "Units of the learned factor of each stage. A `base_estimator` keeps its own."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of that division."})
 
 
 def main(args: FitLatencyArguments):
-    from rich.console import Console
-    from rich.table import Table
-
     from ..latency import cross_validate, fit_latency_estimator, format_model_card, load_profile, plot_fit
     from ..latency.fit_report import ERROR_HEADINGS, REPORT_FILE, format_error_rows
 
@@ -47,20 +67,66 @@ def main(args: FitLatencyArguments):
     if output_dir.is_file():
         raise ValueError(f"`output_dir` '{output_dir}' is a file: name a folder.")
     profile = load_profile(args.profile_path)
-    held_out = cross_validate(profile, args.num_folds, args.seed)
-    model, report = fit_latency_estimator(profile, held_out=held_out)
+    if args.base_estimator is None:
+        held_out = cross_validate(profile, args.num_folds, args.seed, args.num_units)
+        model, report = fit_latency_estimator(profile, held_out=held_out, num_units=args.num_units)
+        card = format_model_card(model)
+    else:
+        model, held_out, report, card = _recalibrate(args, profile, output_dir)
     model.save_pretrained(output_dir)
-    (output_dir / "README.md").write_text(format_model_card(model), encoding="utf-8")
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
     (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     plot_fit(held_out, output_dir)
 
-    table = Table(title=f"Error on {report['num_held_out']} held-out measurements (settings and inputs unseen)")
-    for heading in ERROR_HEADINGS:
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in format_error_rows(report):
+    title = f"Error on {report['num_held_out']} held-out measurements (settings and inputs unseen)"
+    _print_table(title, ERROR_HEADINGS, format_error_rows(report))
+    print(f"Latency estimator written to {output_dir}.")
+
+
+def _recalibrate(args: FitLatencyArguments, profile: "Dataset", output_dir: Path):
+    from ..latency import (
+        LatencyEstimatorModel,
+        fit_recalibration,
+        format_model_card,
+        plot_recalibration,
+        read_latency_estimator,
+        recalibration_errors,
+    )
+    from ..latency.fit_report import format_markdown_table
+    from ..latency.recalibration import RECALIBRATION_HEADINGS, format_recalibration_rows
+
+    base = read_latency_estimator(args.base_estimator)
+    if not isinstance(base, LatencyEstimatorModel):
+        raise ValueError(
+            f"`base_estimator` '{args.base_estimator}' is of the original scripts: fit one of this package."
+        )
+    model, held_out = fit_recalibration(base, profile, args.num_folds, args.seed)
+    errors = recalibration_errors(base, profile, args.recalibration_sizes, seed=args.seed)
+    rows = format_recalibration_rows(errors)
+    plot_recalibration(errors, output_dir)
+    _print_table("Error after recalibration, by measurements used", RECALIBRATION_HEADINGS, rows)
+    section = f"""
+## Recalibration
+
+The estimator of {base.config.device_name}, as it is (none) and adapted with some of the measurements, on measurements that
+share neither setting nor input with those: mean over {errors["draws"]} draws, the largest in brackets.
+
+{format_markdown_table(RECALIBRATION_HEADINGS, rows)}
+"""
+    report = {**model.config.held_out, "recalibration": errors}
+    return model, held_out, report, format_model_card(model, section)
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
-    print(f"Latency estimator written to {output_dir}.")
 
 
 def make_parser() -> ScriptParser:

@@ -1,0 +1,316 @@
+"""Adapts a fitted latency estimator to other hardware from a few measurements."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from .configuration_latency_estimator import LatencyEstimatorConfig
+from .fit_report import PARTS, errors, report_errors
+from .fitting import (
+    HeldOut,
+    StageData,
+    calibrate_quantiles,
+    estimator_config,
+    fit_coefficients,
+    held_out_folds,
+    measured_parts,
+    predict_held_out,
+    predicted_parts,
+    profile_columns,
+    stage_data,
+)
+from .modeling_latency_estimator import LatencyEstimatorModel, learned_factor
+from .profile_table import MACHINE_COLUMNS, profile_settings
+
+
+RECALIBRATION_SIZES = (10, 25, 50)
+"""Numbers of measurements whose error is reported."""
+
+# How strongly each physical term is held to its share of the base estimator's time, in measurements that the belief is
+# worth, and how much of the learned factor is kept. Which of them suits a stage is found by cross-validation.
+_PRIOR_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+_FACTOR_SHARES = (0.0, 1.0)
+_FOLDS = 5
+_REWEIGHTINGS = 4
+
+
+def recalibrate(
+    base: LatencyEstimatorModel, profile: Dataset, rows: Sequence[int] | None = None
+) -> LatencyEstimatorModel:
+    """
+    Adapts a fitted estimator to measurements of the same executor on other hardware. The shares of the physical terms in
+    each stage are those of the base estimator, except where the measurements speak against it, and its learned factor is
+    kept or left out, whichever predicts the measurements better.
+
+    Args:
+        base ([`LatencyEstimatorModel`]):
+            An estimator of version 2.
+        profile ([`~datasets.Dataset`]):
+            Measurements of one executor on one machine.
+        rows (`Sequence[int]`, *optional*):
+            Rows of the profile to use. By default all.
+
+    Returns:
+        [`LatencyEstimatorModel`]: without upper quantiles, see [`~latency.recalibration.fit_recalibration`].
+
+    Raises:
+        ValueError: If the base estimator is of version 1 or not fitted, the profile cannot be fitted to, or it is of an
+            executor of other sizes, or there are fewer than two measurements with a decode step.
+    """
+    config = estimator_config(profile, base.config.num_units)
+    _check_base(base, config)
+    rows = list(range(len(profile))) if rows is None else list(rows)
+    config.recalibrated_from = {
+        name: getattr(base.config, name) for name in MACHINE_COLUMNS if name != "executor_shape"
+    }
+    model = LatencyEstimatorModel(config)
+    for stage, data in stage_data(profile_columns(profile), rows, model).items():
+        if len(data.measured_ms) < 2:
+            raise ValueError(
+                f"{len(data.measured_ms)} measurement(s) of the stage '{stage}' are too few to recalibrate with: give at "
+                "least two."
+            )
+        units = base.get_parameter(f"{stage}_units").double()
+        coefficients, share = _recalibrate_stage(data, base.get_parameter(f"{stage}_coefficients").double(), units)
+        units = torch.cat([units[:, :-1], share * units[:, -1:]], dim=1)
+        model.get_parameter(f"{stage}_coefficients").copy_(coefficients)
+        model.get_parameter(f"{stage}_units").copy_(units)
+    return model
+
+
+def _check_base(base: LatencyEstimatorModel, config: LatencyEstimatorConfig) -> None:
+    if base.config.formula_version != 2:
+        raise ValueError(
+            "the base estimator is of an earlier version: fit it again with `joint-controller fit-latency`."
+        )
+    shapes = base.config.executor_shape, config.executor_shape
+    if None not in shapes and shapes[0] != shapes[1]:
+        differing = [
+            f"{name} {shapes[0][name]} there, {size} here"
+            for name, size in shapes[1].items()
+            if shapes[0][name] != size
+        ]
+        raise ValueError(
+            f"the base estimator was fitted on another executor ({'; '.join(differing)}): hardware can be changed, the "
+            "executor cannot."
+        )
+
+
+def _recalibrate_stage(data: StageData, base: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Coefficients of a stage, and how much of the learned factor goes with them."""
+
+    def features(share: float) -> torch.Tensor:
+        scaled = torch.cat([units[:, :-1], share * units[:, -1:]], dim=1)
+        return data.features * learned_factor(scaled, data.inputs.unbind(1))[:, None]
+
+    def fit(shaped: torch.Tensor, rows: list[int], strength: float) -> torch.Tensor:
+        shaped, measured_ms = shaped[rows], data.measured_ms[rows]
+        # The base estimator, as much slower or faster as the measurements say.
+        prediction = shaped @ base
+        expected = base * (measured_ms / prediction).median()
+        weight = strength**0.5 * (shaped / measured_ms[:, None]).mean(0)
+        return fit_coefficients(shaped, measured_ms, (torch.diag(weight), weight * expected), _REWEIGHTINGS)
+
+    order = list(range(len(data.measured_ms)))
+    random.Random(0).shuffle(order)
+    num_folds = min(_FOLDS, len(order))
+    best = None
+    for share, strength in itertools.product(_FACTOR_SHARES, reversed(_PRIOR_STRENGTHS)):
+        shaped = features(share)
+        misfit = 0.0
+        for fold in range(num_folds):
+            tested = order[fold::num_folds]
+            others = [row for row in order if row not in set(tested)]
+            predicted = shaped[tested] @ fit(shaped, others, strength)
+            misfit += (predicted.clamp(min=1e-9) / data.measured_ms[tested]).log().abs().sum().item()
+        if best is None or misfit < best[0]:
+            best = misfit, share, strength
+    _, share, strength = best
+    return fit(features(share), order, strength), share
+
+
+def fit_recalibration(
+    base: LatencyEstimatorModel, profile: Dataset, num_folds: int = 4, seed: int = 42
+) -> tuple[LatencyEstimatorModel, HeldOut]:
+    """
+    Adapts a fitted estimator to all measurements of a profile, with its held-out error and its upper quantiles from
+    cross-validation over settings and inputs that were not recalibrated with.
+
+    Args:
+        base ([`LatencyEstimatorModel`]):
+            The estimator to adapt.
+        profile ([`~datasets.Dataset`]):
+            Measurements of one executor on one machine.
+        num_folds (`int`, *optional*, defaults to 4):
+            Folds of the cross-validation.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the division into folds.
+
+    Returns:
+        `tuple[LatencyEstimatorModel, HeldOut]`: the estimator, whose error is in `config.held_out`, and what was held out.
+
+    Raises:
+        ValueError: As [`~latency.recalibrate`], or if the profile has too few settings or inputs to hold some out.
+    """
+    model = recalibrate(base, profile)
+    folds = held_out_folds(profile, num_folds, seed)
+    held_out = predict_held_out(profile, folds, lambda rows: recalibrate(base, profile, rows))
+    model.config.held_out = report_errors(held_out)
+    model.config.upper_quantiles = calibrate_quantiles(held_out)
+    return model, held_out
+
+
+def recalibration_errors(
+    base: LatencyEstimatorModel,
+    profile: Dataset,
+    sizes: Sequence[int] = RECALIBRATION_SIZES,
+    draws: int = 10,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """
+    The error of recalibration against the number of measurements, on measurements that share neither setting nor input
+    with those that it was given.
+
+    Args:
+        base ([`LatencyEstimatorModel`]):
+            The estimator to adapt.
+        profile ([`~datasets.Dataset`]):
+            Measurements of one executor on one machine.
+        sizes (`Sequence[int]`, *optional*, defaults to (10, 25, 50)):
+            Numbers of measurements.
+        draws (`int`, *optional*, defaults to 10):
+            Times that measurements are drawn for each number.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the draws.
+
+    Returns:
+        `dict[str, Any]`: `without`, the errors ([`~latency.fit_report.errors`]) of `"prefill"`, `"decode"` and `"total"`
+        by the base estimator as it is, over the whole profile; `by_size`, for each number of measurements (a string) and
+        each of the three the mean of the draws' `mape`, the `largest_mape`, and `mape_without`: that of the base estimator
+        on the same measurements. A number that leaves fewer than five measurements to test on has None in their place.
+        `draws` and `num_measurements`.
+
+    Raises:
+        ValueError: As [`~latency.recalibrate`], or if a number is below 2.
+    """
+    if min(sizes) < 2:
+        raise ValueError(f"the recalibration sizes {list(sizes)} hold a number below 2.")
+    _check_base(base, estimator_config(profile, base.config.num_units))
+    columns = profile_columns(profile)
+    measured = measured_parts(columns)
+    everything = list(range(len(profile)))
+    without = predicted_parts(base, columns, everything)
+    settings, inputs = profile_settings(profile), profile["sample_id"][:]
+    generator = random.Random(seed)
+    by_size: dict[str, Any] = {}
+    for size in sizes:
+        found: dict[str, list[tuple[float, float]]] = {part: [] for part in measured}
+        for _ in range(draws):
+            split = _split(settings, inputs, size, generator)
+            if split is None:
+                continue
+            given, tested = split
+            predicted = predicted_parts(recalibrate(base, profile, given), columns, tested)
+            for part, values in predicted.items():
+                mape = errors(measured[part][tested], values)["mape"]
+                if mape is not None:
+                    found[part].append((mape, errors(measured[part][tested], without[part][tested])["mape"]))
+        by_size[str(size)] = {
+            part: {
+                "mape": sum(mape for mape, _ in pairs) / len(pairs) if pairs else None,
+                "largest_mape": max(mape for mape, _ in pairs) if pairs else None,
+                "mape_without": sum(mape for _, mape in pairs) / len(pairs) if pairs else None,
+            }
+            for part, pairs in found.items()
+        }
+    return {
+        "without": {part: errors(measured[part], without[part]) for part in measured},
+        "by_size": by_size,
+        "draws": draws,
+        "num_measurements": len(profile),
+    }
+
+
+def _split(
+    settings: list, inputs: list[str], size: int, generator: random.Random
+) -> tuple[list[int], list[int]] | None:
+    """
+    `size` rows to recalibrate with, and rows that share neither setting nor input with them; None if these are fewer than
+    five. The rows to recalibrate with come from half of the settings and of the inputs, or from more where these are too few.
+    """
+    for share in (0.5, 2 / 3, 0.75, 0.85):
+        kept = [
+            set(generator.sample(sorted(set(values)), max(1, round(share * len(set(values))))))
+            for values in (settings, inputs)
+        ]
+        sides = [(setting in kept[0], name in kept[1]) for setting, name in zip(settings, inputs, strict=True)]
+        inside = [row for row, side in enumerate(sides) if all(side)]
+        tested = [row for row, side in enumerate(sides) if not any(side)]
+        if len(inside) >= size and len(tested) >= 5:
+            return generator.sample(inside, size), tested
+    return None
+
+
+def format_recalibration_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """
+    The errors of [`~latency.recalibration_errors`] as a table: measurements, then the MAPE of prefill, decode and the whole
+    request, the mean over draws with the largest in brackets; without recalibration first.
+    """
+    rows = [("none", *(_share(report["without"][part]["mape"]) for part in PARTS))]
+    for size, parts in report["by_size"].items():
+        cells = [
+            _share(found["mape"]) + (f" ({_share(found['largest_mape'])})" if found["mape"] is not None else "")
+            for found in (parts[part] for part in PARTS)
+        ]
+        rows.append((size, *cells))
+    return rows
+
+
+RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE of {label}" for label in PARTS.values()))
+"""Headings of [`~latency.recalibration.format_recalibration_rows`]."""
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def plot_recalibration(report: dict[str, Any], folder: str | Path) -> Path:
+    """
+    Draws the error of recalibration against the number of measurements (`recalibration.png`).
+
+    Args:
+        report (`dict[str, Any]`):
+            What [`~latency.recalibration_errors`] returns.
+        folder (`str` or `Path`):
+            Folder for the picture; it is made if needed.
+
+    Returns:
+        `Path`: the picture.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (part, label) in enumerate(PARTS.items()):
+        sizes = [size for size, parts in report["by_size"].items() if parts[part]["mape"] is not None]
+        means = [100 * report["by_size"][size][part]["mape"] for size in sizes]
+        largest = [100 * report["by_size"][size][part]["largest_mape"] for size in sizes]
+        numbers = [int(size) for size in sizes]
+        axes.plot(numbers, means, color=f"C{index}", marker="o", label=label)
+        axes.fill_between(numbers, means, largest, color=f"C{index}", alpha=0.15)
+        without = report["without"][part]["mape"]
+        if without is not None:
+            axes.axhline(100 * without, color=f"C{index}", linestyle=":", label=f"{label}, without: {_share(without)}")
+    axes.set(xlabel="measurements to recalibrate with", ylabel="MAPE on other settings and inputs (%)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    axes.legend(fontsize=8)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "recalibration.png", dpi=110)
+    return folder / "recalibration.png"
