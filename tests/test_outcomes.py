@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from PIL import Image
 
 from joint_controller import KnobSetting, KnobSpace
 from joint_controller.executor import MolmoExecutor
-from joint_controller.outcomes import OUTCOME_FEATURES, Outcome, OutcomeCollector, OutcomeStore
+from joint_controller.outcomes import (
+    OUTCOME_FEATURES,
+    Outcome,
+    OutcomeCollector,
+    OutcomeStore,
+    RecordedOutcomes,
+    predict_latency_ms,
+)
 
 
 SETTING = KnobSetting("low", 2, 3)
@@ -86,6 +94,40 @@ def test_the_table_is_a_data_set_in_order_and_the_shards_load_as_one(tmp_path):
         "parquet", data_files=str(tmp_path / "*.parquet"), split="train", cache_dir=tmp_path / "cache"
     )
     assert sorted(loaded.to_list(), key=str) == sorted(table.to_list(), key=str)
+
+
+def test_measured_latencies_are_kept_and_shards_without_them_still_read(tmp_path):
+    store = OutcomeStore(tmp_path, "executor")
+    store.add([replace(outcome("a"), latency_ms=12.5), outcome("b")])
+    opened = OutcomeStore(tmp_path, "executor")
+    assert opened.get("a", SETTING).latency_ms == 12.5 and opened.get("b", SETTING).latency_ms is None
+    older = store.to_dataset().remove_columns("latency_ms")
+    (tmp_path / "older").mkdir()
+    older.to_parquet(tmp_path / "older" / "outcomes-1-0-000000.parquet")
+    assert OutcomeStore(tmp_path / "older", "executor").get("a", SETTING) == outcome("a")
+
+
+def test_without_an_estimator_latencies_are_the_measured_ones():
+    outcomes = [replace(outcome("a"), latency_ms=12.5), replace(outcome("b"), latency_ms=7.0)]
+    assert predict_latency_ms(None, outcomes).tolist() == [12.5, 7.0]
+    with pytest.raises(ValueError, match="latency of sample 'c' at tier=low top_k=2 num_blocks=3 was not measured"):
+        predict_latency_ms(None, [*outcomes, outcome("c")])
+
+
+def test_recorded_outcomes_are_looked_up_and_a_missing_one_is_named():
+    store = OutcomeStore(None, "recorded")
+    store.add([outcome("a"), outcome("a", OTHER, answer="blue"), outcome("b")])
+    collector = RecordedOutcomes(store, KnobSpace({"low": (1, 1), "high": (4, 4)}, top_k=(2, 4), num_blocks=(3, 4)))
+    samples = [{"sample_id": "a"}, {"sample_id": "b"}, {"sample_id": "a"}]
+    assert collector.collect(samples, [OTHER, SETTING, SETTING]) == [
+        outcome("a", OTHER, answer="blue"),
+        outcome("b"),
+        outcome("a"),
+    ]
+    with pytest.raises(ValueError, match="no outcome was recorded for sample 'b' at tier=high top_k=4 num_blocks=4"):
+        collector.collect(samples[:2], [OTHER, OTHER])
+    with pytest.raises(ValueError, match="3 samples but 1 settings"):
+        collector.collect(samples, [OTHER])
 
 
 def test_processes_that_share_a_folder_see_each_other_after_reload(tmp_path):

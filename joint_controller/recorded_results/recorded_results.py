@@ -17,7 +17,13 @@ from ..knobs import KnobSetting, KnobSpace
 from ..latency import load_profile, make_profile, save_profile
 from ..latency.profile_table import MACHINE_COLUMNS, UNKNOWN
 from ..outcomes import Outcome, OutcomeStore
-from .original_layout import RecordedMeasurement, find_dataset_folders, read_original_results, tier_crops_of
+from .original_layout import (
+    RecordedMeasurement,
+    dataset_name_of,
+    find_dataset_folders,
+    read_original_results,
+    tier_crops_of,
+)
 
 
 SAMPLES_FILE = "samples.parquet"
@@ -75,6 +81,11 @@ class RecordedResults:
     missing_datasets: list[str] = field(default_factory=list)
 
     @property
+    def unknown_datasets(self) -> list[str]:
+        """Data sets that this package does not know: `vqa_accuracy` and the style `vqa2` were taken for them."""
+        return [name for name in self.dataset_names if name not in VQA_DATASETS]
+
+    @property
     def dataset_names(self) -> list[str]:
         """Data sets that there are samples of."""
         return list(dict.fromkeys(dataset_name_of_sample(sample_id) for sample_id in self.samples["sample_id"]))
@@ -113,8 +124,8 @@ def load_recorded_results(path: str | Path, dataset_names: Sequence[str] | None 
         path (`str` or `Path`):
             The folder.
         dataset_names (`Sequence[str]`, *optional*, defaults to all that are there):
-            Data sets to read. A known data set without results is left out and listed in `missing_datasets`; an unknown
-            name is an error.
+            Data sets to read, with underscores or dashes. A known data set without results is left out and listed in
+            `missing_datasets`; an unknown name is an error.
 
     Returns:
         [`RecordedResults`]
@@ -158,6 +169,7 @@ def _choose_datasets(path: Path, there: list[str], wanted: Sequence[str] | None)
     """Which of the data sets that are there to read, and which known ones are missing."""
     if wanted is None:
         return there, []
+    wanted = [dataset_name_of(name) for name in wanted]
     missing = [name for name in wanted if name not in there]
     unknown = [name for name in missing if name not in VQA_DATASETS]
     chosen = [name for name in dict.fromkeys(wanted) if name in there]
@@ -310,7 +322,7 @@ def make_report(results: RecordedResults) -> dict[str, Any]:
     """
     What there is and what is odd about it, as JSON: knob space and fingerprint; for each data set `num_samples`,
     `num_outcomes`, `metric`, `accuracy`, and the number of and largest among the `accuracy_differences`; the settings
-    that samples lack (`missing_settings`); the data sets without results.
+    that samples lack (`missing_settings`); the data sets without results; the data sets that are not known.
     """
     datasets: dict[str, dict[str, Any]] = {}
     accuracies: dict[str, list[float]] = {}
@@ -335,6 +347,7 @@ def make_report(results: RecordedResults) -> dict[str, Any]:
         "executor_fingerprint": results.outcomes.executor_fingerprint,
         "datasets": datasets,
         "datasets_without_results": results.missing_datasets,
+        "unknown_datasets": results.unknown_datasets,
         "missing_settings": {
             sample_id: [str(setting) for setting in settings]
             for sample_id, settings in results.missing_settings().items()

@@ -105,6 +105,9 @@ def _describe_oddities(report: dict[str, Any]) -> Iterator[str]:
 
     if report["datasets_without_results"]:
         yield f"No results of: {', '.join(report['datasets_without_results'])}."
+    for name in report["unknown_datasets"]:
+        metric = report["datasets"][name]["metric"]
+        yield f"'{name}' is not a data set that this package knows: its answers are scored by {metric}."
     differences = sorted(
         (row for counts in report["datasets"].values() for row in counts["largest_accuracy_differences"]),
         key=lambda row: -abs(row["accuracy"] - row["recorded_accuracy"]),

@@ -208,6 +208,8 @@ def set_up_from_results(
             ", ".join(results.missing_datasets),
             args.results_dir,
         )
+    for name in results.unknown_datasets:
+        logger.warning("'%s' is not a data set that this package knows: its answers are scored by vqa_accuracy.", name)
     if missing_settings:
         logger.warning(
             "%d samples were not recorded at all settings and are left out: %s.",

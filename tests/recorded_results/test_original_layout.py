@@ -76,8 +76,9 @@ def test_accuracy_is_what_the_metric_gives_and_a_difference_is_listed(tmp_path):
 
 def test_a_known_data_set_without_results_is_listed_and_an_unknown_one_refused(tmp_path):
     write_results(tmp_path)
-    results = load_recorded_results(tmp_path, ["text_vqa", "doc_qa"])
-    assert results.dataset_names == ["text_vqa"] and results.missing_datasets == ["doc_qa"]
+    for names in (["text_vqa", "doc_qa"], ["text-vqa", "doc-qa"]):
+        results = load_recorded_results(tmp_path, names)
+        assert results.dataset_names == ["text_vqa"] and results.missing_datasets == ["doc_qa"]
     with pytest.raises(ValueError, match="no results of 'text_vqaa' in .* results of 'coco_2014_vqa', 'text_vqa'"):
         load_recorded_results(tmp_path, ["text_vqa", "text_vqaa"])
     with pytest.raises(ValueError, match="no results of 'doc_qa'"):

@@ -74,6 +74,14 @@ def test_differences_and_gaps_are_said_and_listed(tmp_path, capsys):
     assert len(differences) == 4 and set(differences["recorded_accuracy"]) == {0.5}
 
 
+def test_a_data_set_that_is_not_known_is_imported_and_said_to_be_so(tmp_path, capsys):
+    write_results(tmp_path / "results", ["my-photos"])
+    assert import_folder(tmp_path / "results", tmp_path / "imported") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "'my_photos' is not a data set that this package knows: its answers are scored by vqa_accuracy." in shown
+    assert load_recorded_results(tmp_path / "imported").unknown_datasets == ["my_photos"]
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     write_results(tmp_path / "results", ["text-vqa"])
     (tmp_path / "imported").mkdir()
