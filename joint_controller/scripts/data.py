@@ -49,6 +49,11 @@ def main(script_args: "TrainArguments", training_args: "JointGRPOConfig"):
     from ..data.statistics import describe_dataset
     from ..evaluation.scoring import check_metrics
 
+    if script_args.results_dir is not None:
+        raise ValueError(
+            "this command shows data sets, and recorded results (`results_dir`) are none: leave it out and give "
+            "`dataset_names`."
+        )
     config, processor, knob_space = load_executor_inputs(script_args)
     max_prompt_tokens = config.text_config.max_position_embeddings - script_args.max_new_tokens
     output_dir = Path(training_args.output_dir)

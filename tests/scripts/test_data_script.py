@@ -144,3 +144,8 @@ def test_a_metric_that_does_not_exist_is_refused(tmp_path, capsys):
     rows[0]["metric"] = "accuracy"
     assert run(tmp_path / "report", "--dataset_names", save(tmp_path, rows)) == 2
     assert "sample 'own-0', column 'metric': there is no metric 'accuracy'" in capsys.readouterr().err
+
+
+def test_recorded_results_are_no_data_set(tmp_path, capsys):
+    assert main(["data", "--results_dir", "results", "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
+    assert "recorded results (`results_dir`) are none" in capsys.readouterr().err
