@@ -75,7 +75,7 @@ def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABIL
     Raises:
         ValueError: If the profiles are of different executors or machines, or have no measurement in common.
     """
-    check_one_machine(concatenate_datasets([first, second]), name="the two profiles together")
+    check_one_machine(concatenate_datasets([first, second]), name="the pair of profiles")
     keys = [list(zip(profile_settings(one), one["sample_id"], strict=True)) for one in (first, second)]
     positions = [{key: row for row, key in enumerate(one)} for one in keys]
     common = [key for key in positions[0] if key in positions[1]]
