@@ -15,7 +15,7 @@ from datasets import Dataset
 from joint_controller import KnobSetting, LatencyEstimatorModel
 from joint_controller.data import load_vqa_datasets
 from joint_controller.executor import MolmoExecutor
-from joint_controller.latency import executor_shape, load_profile, make_profile_inputs, profile_executor
+from joint_controller.latency import load_profile, make_profile_inputs, profile_executor, save_profile
 from joint_controller.latency.profile_journal import JOURNAL_FILE
 from joint_controller.latency.profile_table import PROFILE_FILE
 from joint_controller.scripts import fit_latency, profile, run_script
@@ -41,9 +41,9 @@ def profile_folder(executor_folder, tmp_path_factory):
     return folder
 
 
-def run_fit(profile_folder, output_dir):
-    flags = ["--profile_path", str(profile_folder), "--output_dir", str(output_dir)]
-    return run_script("fit-latency", fit_latency.make_parser, fit_latency.main, flags)
+def run_fit(profile_folder, output_dir, *flags):
+    flags = ["--profile_path", profile_folder, "--output_dir", output_dir, "--num_units", 4, *flags]
+    return run_script("fit-latency", fit_latency.make_parser, fit_latency.main, [str(flag) for flag in flags])
 
 
 def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_folder):
@@ -88,6 +88,35 @@ def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_fo
         [row["vision_ms"] + row["llm_prefill_ms"] + 2 * row["decode_ms_per_token"] for row in table]
     ).median()
     assert measured.item() / 3 < predicted < measured.item() * 3
+
+
+def test_an_estimator_is_adapted_to_another_profile(profile_folder, tmp_path, capsys):
+    assert run_fit(profile_folder, tmp_path / "base") == 0
+    slower = load_profile(profile_folder).map(
+        lambda row: (
+            {name: 3 * row[name] for name in ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")}
+            | {"device_name": "a slower machine"}
+        )
+    )
+    save_profile(slower, tmp_path / "slower")
+    capsys.readouterr()
+    flags = ["--base_estimator", tmp_path / "base", "--recalibration_sizes", 5, 9]
+    assert run_fit(tmp_path / "slower", tmp_path / "adapted", *flags) == 0
+    assert "Error after recalibration, by measurements used" in capsys.readouterr().out
+    adapted = LatencyEstimatorModel.from_pretrained(tmp_path / "adapted")
+    assert adapted.config.device_name == "a slower machine"
+    assert adapted.config.recalibrated_from["device_name"] == load_profile(profile_folder)["device_name"][0]
+    report = json.loads((tmp_path / "adapted" / "fit_report.json").read_text())
+    recalibration = report.pop("recalibration")
+    assert report == adapted.config.held_out and set(recalibration["by_size"]) == {"5", "9"}
+    # A third of the time is predicted, give or take the noise.
+    assert 0.5 < recalibration["without"]["total"]["mape"] < 0.8
+    assert recalibration["by_size"]["9"]["total"]["mape"] < 0.5
+    card = (tmp_path / "adapted" / "README.md").read_text()
+    assert "## Recalibration" in card and "| none |" in card
+    assert (tmp_path / "adapted" / "recalibration.png").exists()
+    assert run_fit(tmp_path / "slower", tmp_path / "adapted", "--base_estimator", tmp_path / "nothing") == 2
+    assert "does not exist" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_time_limit_measures_a_spread_out_subset(executor_folder):

@@ -57,25 +57,32 @@ def test_sweep_without_a_controller_is_refused(capsys, tmp_path):
     assert "`--controller_path` is missing" in capsys.readouterr().err
 
 
-def test_profile_and_fit_latency(tmp_path):
-    folder = RECIPES / "embedded_executor"
-    profile_flags = ["--output_dir", str(tmp_path / "profile"), "--num_inputs", "4", "--repeats", "1"]
-    profile_flags += ["--decode_steps", "1"]
-    assert main(["profile", "--config", str(folder / "profile.yaml"), *profile_flags]) == 0
-    fit_flags = ["--profile_path", str(tmp_path / "profile"), "--output_dir", str(tmp_path / "latency")]
-    assert main(["fit-latency", "--config", str(folder / "fit_latency.yaml"), *fit_flags]) == 0
-    assert LatencyEstimatorModel.from_pretrained(tmp_path / "latency").config.fitted_knobs["num_blocks"] == [
-        4,
-        5,
-        6,
-        8,
+@pytest.mark.parametrize("name", ["embedded_executor", "molmoe_1b"])
+def test_profile_and_fit_latency(tmp_path, name):
+    """That of MolmoE-1B on the embedded executor: its own needs a GPU."""
+    sizes = {"model_path": "embedded", "num_inputs": 4, "num_measurements": 64, "num_threads": 1}
+    sizes |= {"repeats": 1, "decode_steps": 1, "output_dir": tmp_path / "profile"}
+    flags = [part for field, value in sizes.items() for part in (f"--{field}", str(value))]
+    assert main(["profile", "--config", str(RECIPES / name / "profile.yaml"), *flags]) == 0
+    assert (tmp_path / "profile" / "knobs.png").exists()
+    assert (tmp_path / "profile" / "repeat" / "profile.parquet").exists() == (name == "molmoe_1b")
+    flags = [
+        "--profile_path",
+        str(tmp_path / "profile"),
+        "--output_dir",
+        str(tmp_path / "latency"),
+        "--num_units",
+        "4",
     ]
+    assert main(["fit-latency", "--config", str(RECIPES / name / "fit_latency.yaml"), *flags]) == 0
+    estimator = LatencyEstimatorModel.from_pretrained(tmp_path / "latency")
+    assert estimator.config.fitted_knobs["num_blocks"] == [4, 5, 6, 8]
 
 
 def test_every_recipe_is_run_by_a_test():
     """
-    `train.yaml` is run in test_train_executor.py, those of blocks in test_importance_script.py, that of MolmoE-1B in
-    test_official_files.py.
+    `train.yaml` is run in test_train_executor.py, those of blocks in test_importance_script.py, `grpo.yaml` of MolmoE-1B
+    in test_official_files.py.
     """
     assert {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} == {
         "accelerate_configs/multi_gpu.yaml",
@@ -86,5 +93,7 @@ def test_every_recipe_is_run_by_a_test():
         "embedded_executor/profile.yaml",
         "embedded_executor/search_blocks.yaml",
         "embedded_executor/train.yaml",
+        "molmoe_1b/fit_latency.yaml",
         "molmoe_1b/grpo.yaml",
+        "molmoe_1b/profile.yaml",
     }
