@@ -27,7 +27,8 @@ VIEWS_AT_ONCE = 40
 
 class GraphPool:
     """
-    CUDA graphs by name, captured when first asked for, within a limit of memory: the least recently used go first.
+    CUDA graphs by name, captured when first asked for. Between requests those that were used least recently are dropped,
+    where all take more memory than the limit.
 
     All graphs share one pool of memory, since they never run at the same time.
 
@@ -95,12 +96,15 @@ class GraphPool:
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self._graphs[name] = graphs
         self.num_bytes += free - self._free_bytes()
-        while self.num_bytes > self.limit_bytes and len(self._graphs) > 1:
+        self.capture_seconds += time.perf_counter() - started
+
+    def trim(self) -> None:
+        """Drops graphs, the least recently used first, until the rest is within the limit. For between two requests."""
+        while self.num_bytes > self.limit_bytes and self._graphs:
             free = self._free_bytes()
             for graph in self._graphs.popitem(last=False)[1]:
                 graph.reset()
             self.num_bytes += free - self._free_bytes()
-        self.capture_seconds += time.perf_counter() - started
 
     def _free_bytes(self) -> int:
         """What is left of the device's memory once torch has handed back what it does not use."""
@@ -148,11 +152,13 @@ class CapturedInference:
             most_views, model.config.tokens_per_view, model.config.text_config.hidden_size, **place
         )
         # Uploads to a GPU are fast from pinned memory only; half precision halves them.
+        # Two of each, so that one is filled while the other is read.
         self._pinned = {
-            name: torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
-            for name, buffer in (("views", self._views), ("masks", self._masks))
+            buffer.shape[1:]: [
+                (torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+            ]
+            for buffer in (self._views, self._masks)
         }
-        self._uploaded = torch.cuda.Event()
         self._most_experts = model.config.text_config.num_experts_per_tok
         # Crops overlap, but rows of tokens end with a column token; the rest is for the question and the answer.
         self._allocate(most_views * model.config.tokens_per_view * 9 // 8 + 512)
@@ -185,17 +191,23 @@ class CapturedInference:
 
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         num_views = pixel_values.shape[1]
+        self.graphs.trim()
         (graph,) = self._vision_graph(num_views)
-        self._uploaded.synchronize()
-        for name, source, target in (
-            ("views", pixel_values, self._views),
-            ("masks", image_masks, self._masks),
-        ):
-            pinned = self._pinned[name][:num_views].copy_(source[0])
-            target[:num_views].copy_(pinned, non_blocking=True)
-        self._uploaded.record()
+        self._upload(pixel_values[0], self._views[:num_views])
+        self._upload(image_masks[0], self._masks[:num_views])
         graph.replay()
         return self._features[:num_views].clone()
+
+    def _upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies views or masks to the device, in the model's precision, without waiting for what goes on there."""
+        buffers = self._pinned[target.shape[1:]]
+        most = len(buffers[0][0])
+        for part, place in zip(source.split(most), target.split(most), strict=True):
+            pinned, is_read = buffers[0]
+            buffers.reverse()
+            is_read.synchronize()
+            place.copy_(pinned[: len(part)].copy_(part), non_blocking=True)
+            is_read.record()
 
     def _vision_graph(self, num_views: int) -> list[torch.cuda.CUDAGraph]:
         def encode() -> None:
@@ -215,14 +227,21 @@ class CapturedInference:
         Returns:
             `list[torch.Tensor]`: features of each image, of shape `(V, T, hidden)`.
         """
-        place = {"device": self.model.device, "dtype": self.model.dtype, "non_blocking": True}
         counts = [pixels.shape[1] for pixels, _ in images]
-        views = torch.cat([pixels[0] for pixels, _ in images]).to(self.model.dtype)
-        masks = torch.cat([mask[0] for _, mask in images]).to(self.model.dtype)
-        features = [
-            self.fused.image_features(some.to(**place), their_masks.to(**place))
-            for some, their_masks in zip(views.split(VIEWS_AT_ONCE), masks.split(VIEWS_AT_ONCE), strict=True)
-        ]
+        views, masks = (
+            torch.empty(sum(counts), *one.shape[1:], dtype=one.dtype, device=one.device)
+            for one in (self._views, self._masks)
+        )
+        # The tower works on the first views while the next are uploaded.
+        features, start, done = [], 0, 0
+        for (pixels, image_masks), count in zip(images, counts, strict=True):
+            self._upload(pixels[0], views[start : start + count])
+            self._upload(image_masks[0], masks[start : start + count])
+            start += count
+            while start - done >= VIEWS_AT_ONCE or (start == len(views) and done < start):
+                chunk = slice(done, min(done + VIEWS_AT_ONCE, start))
+                features.append(self.fused.image_features(views[chunk], masks[chunk]))
+                done = chunk.stop
         return list(torch.cat(features).split(counts))
 
     # --- language model -------------------------------------------------------------------------------------------
@@ -310,6 +329,7 @@ class CapturedInference:
     ) -> None:
         """Runs one prompt; the decoding that went on before ends."""
         length = prompts["input_ids"].shape[1]
+        self.graphs.trim()
         # Captures work on the same memory, so they come before anything that stays there.
         graphs, choose = self._prefill_graphs(length), self._choose_graph()
         self._decode_graph(len(blocks))

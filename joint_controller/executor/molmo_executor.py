@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import snapshot_download
+from PIL import ExifTags, Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchFeature
@@ -32,7 +33,7 @@ from ..molmo import MolmoConfig, MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
 from ..molmo.processing_molmo import IMAGE_TOKENS
 from .block_selection import BlockSelection
-from .inference import load_inference
+from .inference import Decoding, Inference, load_inference
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
 from .stage_clock import StageClock
 
@@ -226,6 +227,11 @@ class MolmoExecutor:
         return self.model.device
 
     @property
+    def inference(self) -> Inference:
+        """The model in the executor's mode."""
+        return self._inference
+
+    @property
     def hidden_size(self) -> int:
         """Width of the language model: of question features and of vision features."""
         return self.model.config.text_config.hidden_size
@@ -254,6 +260,7 @@ class MolmoExecutor:
         self._knob_space = knob_space
         self._encoded.clear()
         self._encoded_bytes = 0
+        self._features_of_image.clear()
 
     @property
     def fingerprint(self) -> str:
@@ -387,7 +394,7 @@ class MolmoExecutor:
             group_size = self.batch_size if self.mode == "captured" else 4 * self.num_workers
             for group in _split(list(missing.values()), group_size):
                 inputs = [self._process(sample, tier) for sample in group]
-                digests = [_digest(one) for one in inputs]
+                digests = [f"{tier} {_digest(sample.image)}" for sample in group]
                 features = {digest: self._features_of_image.get(digest) for digest in digests}
                 unseen = {digest: one for digest, one in zip(digests, inputs, strict=True) if features[digest] is None}
                 if self.mode == "captured" and len(unseen) > 1:
@@ -445,6 +452,20 @@ class MolmoExecutor:
             self._encoded_bytes -= oldest.num_bytes
 
     @torch.inference_mode()  # entered by each thread for itself
+    def start(
+        self,
+        encoded: Sequence[EncodedSample],
+        top_k: int | Sequence[int],
+        active_blocks: Sequence[int] | Sequence[Sequence[int]],
+    ) -> Decoding:
+        """
+        Runs a batch of prompts up to the first token of each answer; [`~MolmoExecutor.generate`] goes on to their ends.
+
+        Args are those of [`~MolmoExecutor.generate`].
+        """
+        return self._inference.prefill(self._collate(encoded), top_k, active_blocks)
+
+    @torch.inference_mode()  # entered by each thread for itself
     def generate(
         self,
         encoded: Sequence[EncodedSample],
@@ -465,7 +486,7 @@ class MolmoExecutor:
         Returns:
             `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
         """
-        decoding = self._inference.prefill(self._collate(encoded), top_k, active_blocks)
+        decoding = self.start(encoded, top_k, active_blocks)
         answers: list[list[int]] = [[] for _ in encoded]
         rows = list(range(len(encoded)))  # rows of the batch whose answers have not ended
         while True:
@@ -483,6 +504,14 @@ class MolmoExecutor:
 
     def _collate(self, encoded: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
         """Inputs of the prefill: prompts padded on the left to length L, features to N a sample."""
+        if len(encoded) == 1:  # nothing to pad: a request that is served alone does not wait for that
+            [one] = encoded
+            return {
+                "input_ids": one.input_ids[None],
+                "attention_mask": torch.ones_like(one.input_ids)[None],
+                "image_features": one.image_features[None, None],
+                "image_input_idx": one.image_input_idx[None, None],
+            }
         input_ids = [one.input_ids for one in encoded]
         length = max(len(ids) for ids in input_ids)
         attention_mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], True, 0, padding_side="left")
@@ -704,7 +733,7 @@ class MolmoExecutor:
             controller.choose_depth(encoded.image_features.float().mean(dim=0, keepdim=True))
         clock.mark()
         active_blocks = self.active_blocks(request.setting.num_blocks, request.sample_id)
-        decoding = self._inference.prefill(self._collate([encoded]), request.setting.top_k, active_blocks)
+        decoding = self.start([encoded], request.setting.top_k, active_blocks)
         clock.mark()
         for _ in range(self.max_new_tokens - 1 if decode_steps is None else decode_steps):
             if decode_steps is None and decoding.tokens.item() == self.processor.tokenizer.eos_token_id:
@@ -764,11 +793,16 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _digest(inputs: BatchFeature) -> str:
-    """Stands for an image at a tiling: its pixels and masks."""
-    digest = hashlib.sha256(inputs["pixel_values"].numpy())
-    digest.update(inputs["image_masks"].numpy())
-    return digest.hexdigest()
+def _digest(image: Image.Image) -> str:
+    """Stands for an image: all that its pixels come from."""
+    about = (
+        image.mode,
+        image.size,
+        image.getpalette(),
+        image.info.get("transparency"),
+        image.getexif().get(ExifTags.Base.Orientation),
+    )
+    return hashlib.sha256(repr(about).encode() + image.tobytes()).hexdigest()
 
 
 def _split(items: list, size: int) -> list[list]:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import kernels
-from .modeling_molmo import MolmoForConditionalGeneration
+from .modeling_molmo import MolmoForConditionalGeneration, is_padding_view
 
 
-DECODE_SPLITS = 8
-"""Parts into which the attention of a new token cuts the positions before it: 8 parts of 16 heads fill a GPU."""
+DECODE_SPLITS = 16
+"""Parts into which the attention of a new token cuts the positions before it: with 16 heads, 256 programs read them."""
 
 
 @dataclass
@@ -188,11 +188,11 @@ class FusedMolmo:
 
     def image_features(self, views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """
-        Encodes views, none of which is padding.
+        Encodes views.
 
         Args:
             views (`torch.Tensor` of shape `(views, patches, 3·patch²)`):
-                Patches.
+                Patches. A view of -1 is padding.
             masks (`torch.Tensor` of shape `(views, patches)`):
                 Share of each patch that is not padding.
 
@@ -223,7 +223,8 @@ class FusedMolmo:
                 x += change
             # Blocks write into `x`: what is read is copied.
             outputs.append(x.view(shape)[:, 1:].clone() if number in molmo.vit_layers else None)
-        return molmo.connector(torch.cat([outputs[layer] for layer in molmo.vit_layers], dim=-1), masks)
+        features = torch.cat([outputs[layer] for layer in molmo.vit_layers], dim=-1)
+        return molmo.connector(features.masked_fill(is_padding_view(views)[:, None, None], 0.0), masks)
 
     @staticmethod
     def _add_layer_norm(x: torch.Tensor, change: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:

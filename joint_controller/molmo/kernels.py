@@ -290,7 +290,7 @@ def decode_attention(
     partial: torch.Tensor,
     stats: torch.Tensor,
     eps: float,
-    block_positions: int = 32,
+    block_positions: int = 128,
     num_warps: int = 4,
 ) -> None:
     """
@@ -319,7 +319,7 @@ def decode_attention(
             Where the largest score and the sum of exponentials of each part go.
         eps (`float`):
             The norms' epsilon.
-        block_positions (`int`, *optional*, defaults to 32):
+        block_positions (`int`, *optional*, defaults to 128):
             Positions that a program reads at once.
         num_warps (`int`, *optional*, defaults to 4):
             Warps of a program.
@@ -1120,8 +1120,8 @@ def _tile(rows: int, out: int, k: int, num_warps: int, num_stages: int) -> dict[
 
 
 EXPERT_TILES = {
-    160: (_tile(128, 128, 64, 8, 4), _tile(128, 256, 64, 8, 3)),
-    64: (_tile(64, 256, 64, 8, 3), _tile(64, 128, 64, 4, 3)),
+    160: (_tile(128, 128, 64, 8, 4), _tile(128, 256, 64, 8, 4)),
+    96: (_tile(64, 256, 64, 8, 3), _tile(128, 256, 64, 8, 4)),
     16: (_tile(64, 128, 64, 8, 4), _tile(64, 128, 64, 4, 3)),
     0: (_tile(16, 64, 128, 4, 4), _tile(16, 64, 128, 4, 4)),
 }
