@@ -4,6 +4,8 @@ import hashlib
 import json
 import platform
 import random
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -49,11 +51,17 @@ def device_name(device: torch.device) -> str:
 
 
 def driver_version(device: torch.device) -> str:
-    """Version of the driver of a CUDA device; `"none"` for a CPU."""
+    """Version of the driver of a CUDA device; `"none"` for a CPU, `"unknown"` where the machine does not say."""
     if device.type != "cuda":
         return "none"
     module = Path("/sys/module/nvidia/version")
-    return module.read_text().strip() if module.exists() else UNKNOWN
+    if module.exists():
+        return module.read_text().strip()
+    if shutil.which("nvidia-smi") is None:
+        return UNKNOWN
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return lines[0] if lines else UNKNOWN
 
 
 def executor_revision() -> str:
