@@ -88,7 +88,7 @@ class RecordedResults:
     @property
     def dataset_names(self) -> list[str]:
         """Data sets that there are samples of."""
-        return list(dict.fromkeys(dataset_name_of_sample(sample_id) for sample_id in self.samples["sample_id"]))
+        return list(dict.fromkeys(dataset_name_of_sample(sample_id) for sample_id in self.samples["sample_id"][:]))
 
     def missing_settings(self, knob_space: KnobSpace | None = None) -> dict[str, list[KnobSetting]]:
         """
@@ -105,7 +105,7 @@ class RecordedResults:
         settings = list(self.knob_space if knob_space is None else knob_space)
         missing = {
             sample_id: [setting for setting in settings if (sample_id, setting) not in self.outcomes]
-            for sample_id in self.samples["sample_id"]
+            for sample_id in self.samples["sample_id"][:]
         }
         return {sample_id: lacking for sample_id, lacking in missing.items() if lacking}
 
@@ -378,11 +378,11 @@ def _load_imported(path: Path, dataset_names: Sequence[str] | None) -> RecordedR
 
 
 def _space_of(profile: Dataset, tier_crops: dict[str, Sequence[int]]) -> KnobSpace:
-    tiers = set(profile["tier"])
+    tiers = profile.unique("tier")
     return KnobSpace(
         {tier: crops for tier, crops in tier_crops.items() if tier in tiers},
-        top_k=tuple(sorted(set(profile["top_k"]))),
-        num_blocks=tuple(sorted(set(profile["num_blocks"]))),
+        top_k=tuple(sorted(profile.unique("top_k"))),
+        num_blocks=tuple(sorted(profile.unique("num_blocks"))),
     )
 
 

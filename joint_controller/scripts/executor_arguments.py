@@ -76,6 +76,21 @@ class ExecutorArguments:
     )
 
 
+def set_num_threads(args: ExecutorArguments) -> None:
+    """
+    Lets torch use as many threads as are asked for.
+
+    Raises:
+        ValueError: If these are fewer than one.
+    """
+    import torch
+
+    if args.num_threads is not None:
+        if args.num_threads < 1:
+            raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
+        torch.set_num_threads(args.num_threads)
+
+
 def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoExecutor":
     """
     Loads the executor with the knob values that are asked for.
@@ -90,14 +105,9 @@ def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoE
         FileNotFoundError: If the model cannot be found.
         ValueError: If the checkpoint is incomplete or lacks a knob value.
     """
-    import torch
-
     from ..executor import MolmoExecutor
 
-    if args.num_threads is not None:
-        if args.num_threads < 1:
-            raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
-        torch.set_num_threads(args.num_threads)
+    set_num_threads(args)
     if isinstance(args.importance_path, dict):
         for dataset, path in args.importance_path.items():
             if not isinstance(path, str):

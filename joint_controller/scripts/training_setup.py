@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data_arguments import load_data_splits, open_skipped_rows
-from .executor_arguments import FIT, load_executor, load_latency_estimator
+from .executor_arguments import FIT, load_executor, load_latency_estimator, set_num_threads
 
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def set_up_from_results(
     from ..recorded_results import load_recorded_results
 
     inputs = _resolve_inputs(args)
+    set_num_threads(args)
     results = load_recorded_results(args.results_dir, args.dataset_names or None)
     space = _restrict(results.knob_space, args)
     skipped_rows = open_skipped_rows(args, training_args.output_dir)
@@ -301,15 +302,11 @@ def _load_feature_source(
     args: "TrainArguments", training_args: "JointGRPOConfig", space: "KnobSpace", inputs: dict[str, str]
 ) -> "MolmoExecutor | None":
     """What gives the features of questions and images, if a stage sees any."""
-    import torch
-
     from ..executor import MolmoExecutor
     from ..knobs import KnobSpace
 
     if all(seen == "budget" for seen in inputs.values()):
         return None
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
     executor = MolmoExecutor.from_pretrained(args.model_path, device="cpu" if training_args.use_cpu else None)
     if "image" in inputs["stage2_inputs"]:
         # Images are cut as they were when the results were recorded, as far as the model can.

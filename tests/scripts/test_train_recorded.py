@@ -344,6 +344,7 @@ def test_cuda_where_there_is_none_is_refused(results_dir, tmp_path, capsys):
         ),
         (["--model_path", "/no/such/model"], "'/no/such/model' does not exist"),
         (["--latency_estimator_path", "none.pt"], "latency estimator 'none.pt' does not exist"),
+        (["--num_threads", "0"], "`num_threads` is 0: give 1 or more"),
         (["--top_k_values", "5"], "`top_k_values` has [5], but the results were recorded over [4, 8]"),
         (["--dataset_names", "text_vqaa"], "there are no results of 'text_vqaa'"),
     ],

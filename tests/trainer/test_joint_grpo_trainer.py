@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from formula_world import (
 
 from joint_controller.data import draw_budget
 from joint_controller.executor import ExecutorRequest
+from joint_controller.outcomes import OutcomeStore, RecordedOutcomes
 from joint_controller.rewards import DEFAULT_REWARD_WEIGHTS, REWARD_FUNCTIONS
 from joint_controller.trainer import resolve_latency_budgets
 from joint_controller.trainer.rollout import Sample, draw_action_noise
@@ -311,6 +313,39 @@ def test_fractions_refer_to_the_full_setting(tmp_path):
 def test_a_run_that_cannot_work_is_refused_before_it_starts(tmp_path, controller_kwargs, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, make_controller(**controller_kwargs), **kwargs)
+
+
+def record_everything(path) -> RecordedOutcomes:
+    """Every outcome of the formula world with its latency, and the executor for nothing but features."""
+    collector = make_collector()
+    samples = [*make_dataset(32), *make_dataset(16, "validation")]
+    settings = list(SPACE)
+    outcomes = collector.collect([sample for sample in samples for _ in settings], settings * len(samples))
+    store = OutcomeStore(path, "recorded")
+    store.add([replace(outcome, latency_ms=latency_of(outcome.setting)) for outcome in outcomes])
+    return RecordedOutcomes(store, SPACE, feature_source=collector.executor)
+
+
+def test_recorded_outcomes_train_the_controller_that_the_executor_would_have(tmp_path):
+    executed = make_trainer(tmp_path / "executed")
+    executed.train()
+    recorded = make_trainer(tmp_path / "recorded", collector=record_everything(tmp_path / "store"))
+    recorded.latency_estimator = None  # the measured latencies
+    recorded.train()
+    assert logged(recorded, "eval_reward") == pytest.approx(logged(executed, "eval_reward"))
+    for name, value in executed.model.state_dict().items():
+        torch.testing.assert_close(recorded.model.state_dict()[name], value)
+
+
+def test_a_controller_that_sees_the_budget_alone_needs_no_features(tmp_path):
+    collector = record_everything(None)
+    collector.feature_source = None
+    with pytest.raises(ValueError, match="nothing gives features of questions and images"):
+        make_trainer(tmp_path, collector=collector)
+    controller = make_controller(stage1_inputs="budget", stage2_inputs="budget")
+    trainer = make_trainer(tmp_path, controller=controller, collector=collector, max_steps=4)
+    trainer.train()
+    assert len(logged(trainer, "eval_reward")) == 1
 
 
 def test_a_data_set_that_lacks_a_column_or_repeats_an_id_is_refused(tmp_path):
