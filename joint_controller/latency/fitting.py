@@ -217,8 +217,9 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
 
 def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list[tuple[list[int], list[int]]]:
     """
-    Splits a profile by setting and by input at once: what a fold tests on shares neither a setting nor an input with
-    what it trains on. Measurements that share only one of the two are left out of that fold.
+    Splits a profile by setting and by input at once: settings and inputs are each divided in `num_folds` parts, and each
+    pair of parts is a fold of its own. What a fold tests on shares neither a setting nor an input with what it trains on;
+    measurements that share only one of the two are left out of that fold. Every measurement is tested on once.
 
     Args:
         profile ([`~datasets.Dataset`]):
@@ -229,7 +230,8 @@ def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list
             Seed of the division.
 
     Returns:
-        `list[tuple[list[int], list[int]]]`: row numbers to train on and to test on, by fold.
+        `list[tuple[list[int], list[int]]]`: row numbers to train on and to test on, by fold: `num_folds` squared, less
+        those that would have nothing to train or to test on.
 
     Raises:
         ValueError: If the profile has fewer than two settings or two inputs, or no fold has rows on both sides.
@@ -253,9 +255,9 @@ def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list
     fold_of_setting, fold_of_input = assign(settings), assign(inputs)
     pairs = [(fold_of_setting[setting], fold_of_input[name]) for setting, name in zip(settings, inputs, strict=True)]
     folds = []
-    for fold in range(num_folds):
-        train = [row for row, parts in enumerate(pairs) if fold not in parts]
-        test = [row for row, parts in enumerate(pairs) if parts == (fold, fold)]
+    for fold in itertools.product(range(num_folds), repeat=2):
+        train = [row for row, parts in enumerate(pairs) if parts[0] != fold[0] and parts[1] != fold[1]]
+        test = [row for row, parts in enumerate(pairs) if parts == fold]
         if train and test:
             folds.append((train, test))
     if not folds:
@@ -405,7 +407,7 @@ def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_uni
         profile ([`~datasets.Dataset`]):
             Measurements of one executor on one machine, see [`~latency.profile_executor`].
         num_folds (`int`, *optional*, defaults to 4):
-            Folds, see [`~latency.fitting.held_out_folds`].
+            Parts of settings and of inputs, see [`~latency.fitting.held_out_folds`].
         seed (`int`, *optional*, defaults to 42):
             Seed of the division into folds.
         num_units (`int`, *optional*, defaults to 16):
@@ -500,7 +502,7 @@ def fit_latency_estimator(
         profile ([`~datasets.Dataset`]):
             Measurements of one executor on one machine, see [`~latency.profile_executor`].
         num_folds (`int`, *optional*, defaults to 4):
-            Folds of the cross-validation.
+            Parts of settings and of inputs in the cross-validation.
         seed (`int`, *optional*, defaults to 42):
             Seed of the division into folds.
         num_units (`int`, *optional*, defaults to 16):

@@ -149,7 +149,7 @@ def fit_recalibration(
         profile ([`~datasets.Dataset`]):
             Measurements of one executor on one machine.
         num_folds (`int`, *optional*, defaults to 4):
-            Folds of the cross-validation.
+            Parts of settings and of inputs in the cross-validation.
         seed (`int`, *optional*, defaults to 42):
             Seed of the division into folds.
 

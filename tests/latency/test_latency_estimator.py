@@ -92,7 +92,7 @@ def make_profile(num_inputs=8, noise=0.02, outliers=0.0, seed=0, space=SPACE):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit_latency_estimator(make_profile())
+    return fit_latency_estimator(make_profile(), num_folds=2)
 
 
 def truth_over_grid():
@@ -145,13 +145,13 @@ def test_held_out_error_is_about_the_noise(fitted):
 
 def test_disturbed_measurements_do_not_shift_the_fit():
     arguments, expected = truth_over_grid()
-    model, _ = fit_latency_estimator(make_profile(outliers=0.1), num_folds=2, num_units=4)
+    model, _ = fit_latency_estimator(make_profile(outliers=0.1, num_inputs=6), num_folds=2, num_units=4)
     # Plain least squares is 2 % off here.
     assert ((model.predict_latency_ms(*arguments) - expected).abs() / expected).mean() < 0.007
 
 
 def test_fit_is_deterministic():
-    first, second = (fit_latency_estimator(make_profile(num_inputs=3), num_folds=2, num_units=4) for _ in range(2))
+    first, second = (fit_latency_estimator(make_profile(num_inputs=2), num_folds=2, num_units=4) for _ in range(2))
     assert first[1] == second[1]
     for name, coefficients in first[0].named_parameters():
         assert torch.equal(coefficients, second[0].get_parameter(name))
@@ -336,14 +336,13 @@ def test_card_states_device_and_error(fitted):
 def test_folds_share_neither_setting_nor_input():
     profile = make_profile(num_inputs=5)
     folds = held_out_folds(profile, num_folds=4, seed=3)
-    assert len(folds) == 4
+    assert len(folds) == 16
     for train, test in folds:
         for column_group in (("tier", "top_k", "num_blocks"), ("sample_id",)):
             rows = list(zip(*(profile[column] for column in column_group), strict=True))
             assert {rows[row] for row in train}.isdisjoint({rows[row] for row in test})
     tested = [row for _, test in folds for row in test]
-    assert len(tested) == len(set(tested))
-    assert {profile["tier"][row] for row in tested} == {"low", "medium", "high"}
+    assert sorted(tested) == list(range(len(profile)))  # each once
 
 
 def test_nonnegative_least_squares_meets_the_optimality_conditions():
