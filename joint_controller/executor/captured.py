@@ -136,6 +136,8 @@ class CapturedInference:
         ValueError: If the model is not on a GPU, or has something that [`~molmo.fused.FusedMolmo`] lacks.
     """
 
+    mixes_settings = True
+
     def __init__(self, model: MolmoForConditionalGeneration, graph_bytes: int = 2 * 2**30):
         if model.device.type != "cuda":
             raise ValueError(f"the mode 'captured' needs a CUDA device, but the model is on '{model.device}'.")

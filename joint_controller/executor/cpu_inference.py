@@ -77,6 +77,7 @@ class CpuInference:
     """
 
     prefill_lengths = None
+    mixes_settings = True
 
     def __init__(self, model: MolmoForConditionalGeneration):
         if not self.supports(model):
@@ -108,9 +109,6 @@ class CpuInference:
         top_k: int | Sequence[int],
         active_blocks: Sequence[int] | Sequence[Sequence[int]],
     ) -> "CpuDecoding":
-        """
-        As [`Inference.prefill`], and each row of a batch may have a `top_k` and `active_blocks` of its own.
-        """
         num_prompts = len(prompts["input_ids"])
         top_k = [top_k] * num_prompts if isinstance(top_k, int) else top_k
         active_blocks = [active_blocks] * num_prompts if isinstance(active_blocks[0], int) else active_blocks

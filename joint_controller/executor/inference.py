@@ -44,9 +44,12 @@ class Inference(Protocol):
     Attributes:
         prefill_lengths (`Sequence[int]` or `None`):
             Lengths, ascending, that the prompt of a single request is padded to; `None` where it is not padded.
+        mixes_settings (`bool`):
+            Whether each row of a batch may have a `top_k` and `active_blocks` of its own.
     """
 
     prefill_lengths: Sequence[int] | None
+    mixes_settings: bool
 
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         """
@@ -62,7 +65,12 @@ class Inference(Protocol):
             `torch.Tensor` of shape `(V, T, hidden)`.
         """
 
-    def prefill(self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]) -> Decoding:
+    def prefill(
+        self,
+        prompts: Mapping[str, torch.Tensor],
+        top_k: int | Sequence[int],
+        active_blocks: Sequence[int] | Sequence[Sequence[int]],
+    ) -> Decoding:
         """
         Runs a batch of prompts and gives the first token of each answer.
 
@@ -70,10 +78,10 @@ class Inference(Protocol):
             prompts (`dict[str, torch.Tensor]`):
                 `input_ids` and `attention_mask` `(B, L)`, padded on the left, `image_features` `(B, 1, N, hidden)` and
                 `image_input_idx` `(B, 1, N)`, as the model's forward takes them.
-            top_k (`int`):
-                Experts per token.
-            active_blocks (`Sequence[int]`):
-                Blocks that run, ascending.
+            top_k (`int` or `Sequence[int]`):
+                Experts per token, or those of each row where rows may differ.
+            active_blocks (`Sequence[int]` or `Sequence[Sequence[int]]`):
+                Blocks that run, ascending, or those of each row where rows may differ.
         """
 
 
@@ -87,6 +95,7 @@ class PlainInference:
     """
 
     prefill_lengths = None
+    mixes_settings = False
 
     def __init__(self, model: MolmoForConditionalGeneration):
         self.model = model

@@ -12,7 +12,7 @@ import re
 import statistics
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 
 from ..controller import RequestController
-from ..knobs import KnobSetting, KnobSpace
+from ..knobs import KnobSpace
 from ..molmo import MolmoConfig, MolmoForConditionalGeneration, MolmoProcessor
 from ..molmo.image_processing_molmo import DROPPED_POSITION
 from ..molmo.processing_molmo import IMAGE_TOKENS
@@ -534,8 +534,9 @@ class MolmoExecutor:
         progress: bool = False,
     ) -> list[ExecutorOutput]:
         """
-        Answers requests, those of one setting together, or, in the mode `"captured"`, of any settings. An answer does not depend on the other requests (in float32;
-        bfloat16 kernels round differently for different batch shapes, so that a near tie may fall either way).
+        Answers requests in batches: of any settings, or, in the mode `"plain"`, of one setting each. An answer does not
+        depend on the other requests (in float32; bfloat16 kernels round differently for different batch shapes, so that a
+        near tie may fall either way).
 
         Args:
             requests (`Sequence[ExecutorRequest]`):
@@ -594,7 +595,7 @@ class MolmoExecutor:
 
         def answer(batch: list[int]) -> list[list[int]]:
             prompts = [encoded[position] for position in batch]
-            if self.mode == "captured":
+            if self._inference.mixes_settings:
                 top_k = [requests[position].setting.top_k for position in batch]
                 return self.generate(prompts, top_k, [blocks[position] for position in batch])
             return self.generate(prompts, requests[batch[0]].setting.top_k, blocks[batch[0]])
@@ -613,23 +614,22 @@ class MolmoExecutor:
                 for position, tokens in zip(batch, answers, strict=True)
             }
 
-        if self.mode == "captured":
-            for batch in self._batches(positions, encoded):
-                yield outputs(batch, self._answer_or_split(answer, batch))
-            return
-        by_setting: dict[tuple[KnobSetting, tuple[int, ...]], list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for position in positions:
-            by_setting.setdefault((requests[position].setting, blocks[position]), []).append(position)
-        by_top_k: dict[int, list[list[int]]] = {}
-        for (setting, _), members in by_setting.items():
-            by_top_k.setdefault(setting.top_k, []).extend(self._batches(members, encoded))
-        for top_k, batches in by_top_k.items():
+            knobs = None if self._inference.mixes_settings else (requests[position].setting, blocks[position])
+            groups.setdefault(knobs, []).append(position)
+        rounds: dict[int | None, list[list[int]]] = {}
+        for knobs, members in groups.items():
+            top_k = None if knobs is None else knobs[0].top_k
+            rounds.setdefault(top_k, []).extend(self._batches(members, encoded))
+        for top_k, batches in rounds.items():
             # The modules' routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
             with (
                 self.model.model.language_model.experts_per_token(top_k),
                 ThreadPoolExecutor(self.num_workers) as pool,
             ):
-                answers = pool.map(lambda batch: self._answer_or_split(answer, batch), batches)
+                work = map if self.num_workers == 1 else pool.map
+                answers = work(lambda batch: self._answer_or_split(answer, batch), batches)
                 for batch, its_answers in zip(batches, answers, strict=True):
                     yield outputs(batch, its_answers)
 

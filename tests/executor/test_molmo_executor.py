@@ -147,11 +147,15 @@ def test_answers_end_at_the_end_of_sequence_token_at_different_lengths(
         assert output.answer == tiny_processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def test_batches_are_handed_out_as_they_are_done(executor, requests):
+@pytest.mark.parametrize("mode", ["plain", "onednn"])
+def test_batches_are_handed_out_as_they_are_done(tiny_molmo, tiny_processor, knob_space, requests, mode):
+    executor = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, batch_size=4, mode=mode)
     batches = []
     outputs = executor.run(requests, on_batch=batches.append)
     assert max(len(batch) for batch in batches) <= executor.batch_size
-    assert all(len({output.setting for output in batch}) == 1 for batch in batches)
+    is_of_one_setting = [len({output.setting for output in batch}) == 1 for batch in batches]
+    assert all(is_of_one_setting) if mode == "plain" else not all(is_of_one_setting)
+    assert len({output.setting.tier for output in batches[0]}) == 1
     assert Counter(output for batch in batches for output in batch) == Counter(outputs)
 
 
