@@ -9,10 +9,11 @@ setting of its own.
 """
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..molmo import MolmoForConditionalGeneration
 from ..molmo.fused import DecodeState, FusedMolmo, KeyValueCache
@@ -23,6 +24,13 @@ LENGTH_STEP = 64
 
 VIEWS_AT_ONCE = 40
 """Most views that go through the tower together when several images are encoded."""
+
+UPLOADS_AHEAD = 8
+"""Images that the host may have uploaded ahead of the tower."""
+
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention where lengths vary freely: cuDNN's is a little faster, but prepares itself for each new length, which takes many
+times what it saves."""
 
 
 class GraphPool:
@@ -79,12 +87,12 @@ class GraphPool:
 
     def _capture(self, name: Hashable, work: Sequence[Callable[[], None]]) -> None:
         started = time.perf_counter()
-        free = self._free_bytes()
         graphs = []
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             work[0]()
-            self._stream.synchronize()
+            # After the first run: the code of kernels and the libraries' workspaces stay, with or without graphs.
+            free = self._free_bytes()
             for piece in work:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -154,11 +162,12 @@ class CapturedInference:
             most_views, model.config.tokens_per_view, model.config.text_config.hidden_size, **place
         )
         # Uploads to a GPU are fast from pinned memory only; half precision halves them.
-        # Two of each, so that one is filled while the other is read.
+        # Several of each, so that the host fills the next ones while the device works on what was uploaded before.
         self._pinned = {
-            buffer.shape[1:]: [
-                (torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(2)
-            ]
+            buffer.shape[1:]: deque(
+                (torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event())
+                for _ in range(UPLOADS_AHEAD)
+            )
             for buffer in (self._views, self._masks)
         }
         self._most_experts = model.config.text_config.num_experts_per_tok
@@ -206,7 +215,7 @@ class CapturedInference:
         most = len(buffers[0][0])
         for part, place in zip(source.split(most), target.split(most), strict=True):
             pinned, is_read = buffers[0]
-            buffers.reverse()
+            buffers.rotate(-1)
             is_read.synchronize()
             place.copy_(pinned[: len(part)].copy_(part), non_blocking=True)
             is_read.record()
@@ -236,14 +245,15 @@ class CapturedInference:
         )
         # The tower works on the first views while the next are uploaded.
         features, start, done = [], 0, 0
-        for (pixels, image_masks), count in zip(images, counts, strict=True):
-            self._upload(pixels[0], views[start : start + count])
-            self._upload(image_masks[0], masks[start : start + count])
-            start += count
-            while start - done >= VIEWS_AT_ONCE or (start == len(views) and done < start):
-                chunk = slice(done, min(done + VIEWS_AT_ONCE, start))
-                features.append(self.fused.image_features(views[chunk], masks[chunk]))
-                done = chunk.stop
+        with sdpa_kernel(ANY_SHAPE):
+            for (pixels, image_masks), count in zip(images, counts, strict=True):
+                self._upload(pixels[0], views[start : start + count])
+                self._upload(image_masks[0], masks[start : start + count])
+                start += count
+                while start - done >= VIEWS_AT_ONCE or (start == len(views) and done < start):
+                    chunk = slice(done, min(done + VIEWS_AT_ONCE, start))
+                    features.append(self.fused.image_features(views[chunk], masks[chunk]))
+                    done = chunk.stop
         return list(torch.cat(features).split(counts))
 
     # --- language model -------------------------------------------------------------------------------------------
@@ -339,10 +349,11 @@ class CapturedInference:
         self._x[:length].copy_(self.embed(prompts)[0])
         self._top_k[:length].fill_(top_k)
         self._top_k[length:].zero_()
+        state = self._state
+        setting = torch.tensor([length - 1, top_k, *blocks], dtype=torch.int32)
+        state.setting[: len(setting)].copy_(setting, non_blocking=True)
         for block in blocks:
             graphs[block].replay()
-        state = self._state
-        state.setting[: 2 + len(blocks)].copy_(torch.tensor([length - 1, top_k, *blocks], dtype=torch.int32))
         state.x.copy_(self._x[length - 1])
         choose.replay()
 
@@ -442,12 +453,14 @@ class BatchDecoding:
         lengths = mask.sum(dim=1).tolist()
         place = {"dtype": torch.int32, "device": device}
         self._rows = torch.arange(num_rows, **place)
-        self._positions = torch.tensor(lengths, **place)
-        self._top_k = torch.tensor([top_k[row] for row in self._order], **place)
+        repeats = torch.tensor(lengths).to(device, non_blocking=True)
+        self._positions = repeats.int()
+        self._top_k = torch.tensor([top_k[row] for row in self._order], dtype=torch.int32).to(
+            device, non_blocking=True
+        )
         self._cache = self._fused.new_cache(num_rows, -(-(self._length + LENGTH_STEP) // LENGTH_STEP) * LENGTH_STEP)
 
         x = inference.embed(prompts)[self._order][mask]  # (tokens, hidden)
-        repeats = torch.tensor(lengths, device=device)
         ends = repeats.cumsum(0)
         rows = self._rows.repeat_interleave(repeats, output_size=len(x))
         positions = (torch.arange(len(x), device=device) - (ends - repeats)[rows]).int()
@@ -462,7 +475,8 @@ class BatchDecoding:
             ) -> torch.Tensor:
                 return self._fused.attend_prompts(block, qkv, inference.rotary, self._cache, rows, positions, parts)
 
-            self._run_block(block, x, chosen, experts, attend)
+            with sdpa_kernel(ANY_SHAPE):
+                self._run_block(block, x, chosen, experts, attend)
         self._choose(x[ends - 1])
 
     def _runs(self) -> list[tuple[int, list[int]]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import ExifTags, Image
@@ -391,7 +392,7 @@ class MolmoExecutor:
         with ThreadPoolExecutor(self.num_workers) as pool:
             # A few at a time, so that not all pixels are in memory at once. Images are cut in this thread: the tokenizer
             # cannot be used by two.
-            group_size = self.batch_size if self.mode == "captured" else 4 * self.num_workers
+            group_size = max(8, 4 * self.num_workers) if self.mode == "captured" else 4 * self.num_workers
             for group in _split(list(missing.values()), group_size):
                 inputs = [self._process(sample, tier) for sample in group]
                 digests = [f"{tier} {_digest(sample.image)}" for sample in group]
@@ -430,16 +431,17 @@ class MolmoExecutor:
     def _entering(self, inputs: BatchFeature, features: torch.Tensor) -> torch.Tensor:
         """Those of an image's features `(V, T, hidden)` that enter the sequence: `(N, hidden)`."""
         (enters,) = (inputs["image_input_idx"].flatten() >= 0).nonzero(as_tuple=True)
-        return features.flatten(0, 1)[enters.to(self.device)]
+        return features.flatten(0, 1)[enters.to(self.device, non_blocking=True)]
 
     def _encoded_sample(self, inputs: BatchFeature, image_features: torch.Tensor) -> EncodedSample:
         input_ids = inputs["input_ids"][0]
         image_tokens = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
         positions = inputs["image_input_idx"].flatten()
         return EncodedSample(
-            input_ids=input_ids.to(self.device),
+            # Copies from ordinary memory are safe without waiting, and waiting would stop the tower's next image.
+            input_ids=input_ids.to(self.device, non_blocking=True),
             image_features=image_features,
-            image_input_idx=positions[positions >= 0].to(self.device),
+            image_input_idx=positions[positions >= 0].to(self.device, non_blocking=True),
             num_views=inputs["pixel_values"].shape[1],
             vision_tokens=int(torch.isin(input_ids, image_tokens).sum()),
         )
@@ -802,7 +804,9 @@ def _digest(image: Image.Image) -> str:
         image.info.get("transparency"),
         image.getexif().get(ExifTags.Base.Orientation),
     )
-    return hashlib.sha256(repr(about).encode() + image.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(about).encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()
 
 
 def _split(items: list, size: int) -> list[list]:
