@@ -134,7 +134,7 @@ def _share(value: float | None) -> str:
 
 def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """
-    The errors of a report as a table: what, MAE in ms, MAPE, P95 error, R², coverage of the 95th percentile, number of
+    The errors of a report as a table: what, MAE in ms, MAPE, P95 error, R², coverage of the 95th percentile, number n of
     measurements; overall, then by the value of each knob.
     """
 
@@ -147,11 +147,11 @@ def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [row(label, report[part]) for part, label in PARTS.items()]
     for knob, values in report["by_knob"].items():
         for value, parts in values.items():
-            rows += [row(f"{PARTS[part]}, {knob}={value}", found) for part, found in parts.items()]
+            rows += [row(f"{part}, {knob}={value}", found) for part, found in parts.items()]
     return rows
 
 
-ERROR_HEADINGS = ("", "MAE (ms)", "MAPE", "P95 error", "R²", "below p95", "measurements")
+ERROR_HEADINGS = ("", "MAE (ms)", "MAPE", "P95 error", "R²", "below p95", "n")
 """Headings of [`~latency.fit_report.format_error_rows`]."""
 
 

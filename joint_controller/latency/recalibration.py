@@ -273,7 +273,7 @@ def format_recalibration_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE of {label}" for label in PARTS.values()))
+RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE, {part}" for part in PARTS))
 """Headings of [`~latency.recalibration.format_recalibration_rows`]."""
 
 

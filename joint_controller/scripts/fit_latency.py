@@ -118,12 +118,13 @@ share neither setting nor input with those: mean over {errors["draws"]} draws, t
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]):
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -80,3 +80,11 @@ def test_files_that_are_no_profile_are_refused(tmp_path):
 def test_mixtures_of_machines_are_noticed(column):
     with pytest.raises(ValueError, match=f"mixes measurements: `{column}` is 'unknown' in some rows and 'other' in"):
         check_one_machine(make_profile([known(), known(**{column: "other"})]))
+
+
+def test_prompts_that_are_padded_otherwise_are_noticed():
+    padded = known(prefill_lengths=[64, 128])
+    check_one_machine(make_profile([padded, padded]))
+    for other in (known(), known(prefill_lengths=[64, 256])):
+        with pytest.raises(ValueError, match="mixes measurements: prompts are padded to other lengths"):
+            check_one_machine(make_profile([padded, other]))
