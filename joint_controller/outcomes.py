@@ -328,9 +328,7 @@ class OutcomeCollector:
                     f"sample '{sample['sample_id']}' has no reference answers, so it cannot be scored: leave it out."
                 )
             references[sample["sample_id"]] = (sample["metric"], sample["answers"])
-            requests[key] = ExecutorRequest(
-                sample["sample_id"], sample["image"], sample["question"], sample["style"], setting
-            )
+            requests[key] = ExecutorRequest.of(sample, setting)
 
         def score(output: ExecutorOutput) -> float:
             metric, answers = references[output.sample_id]

@@ -5,6 +5,7 @@ from .images import ImageError, decode_image
 from .loading import load_vqa_dataset, load_vqa_datasets, load_vqa_parts
 from .registry import VQA_DATASETS, VQADataset
 from .row_checks import BadRow, SkippedRows, keep_good_rows
+from .samples import Sample, read_samples
 from .scenes import (
     QUESTION_TYPES,
     Scene,
@@ -22,12 +23,14 @@ from .streaming import stream_vqa_datasets, take_rows
 
 
 __all__ = [
-    "BadRow",
     "ENCODED_FEATURES",
     "FEATURES",
-    "ImageError",
     "QUESTION_TYPES",
     "SPLITS",
+    "VQA_DATASETS",
+    "BadRow",
+    "ImageError",
+    "Sample",
     "Scene",
     "SceneObject",
     "SceneQuestion",
@@ -35,7 +38,6 @@ __all__ = [
     "SkippedRows",
     "SplitPart",
     "VQADataset",
-    "VQA_DATASETS",
     "decode_image",
     "draw_budget",
     "generate_scene",
@@ -43,6 +45,7 @@ __all__ = [
     "load_vqa_dataset",
     "load_vqa_datasets",
     "load_vqa_parts",
+    "read_samples",
     "read_source",
     "scene_seed",
     "stream_vqa_datasets",

@@ -69,7 +69,8 @@ class ControllerPolicy:
             rows = (tier_index == index).nonzero().flatten().tolist()
             if rows:
                 requests = [
-                    _request(samples[row], KnobSetting(tier, space.top_k[0], space.num_blocks[0])) for row in rows
+                    ExecutorRequest.of(samples[row], KnobSetting(tier, space.top_k[0], space.num_blocks[0]))
+                    for row in rows
                 ]
                 features[rows] = self.feature_source.vision_features(requests, tier).to(features.device)
         return features
@@ -116,7 +117,3 @@ class RandomPolicy:
     def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
         choices = np.random.default_rng(self.seed).integers(len(self.settings), size=len(samples))
         return [self.settings[choice] for choice in choices]
-
-
-def _request(sample: Mapping[str, Any], setting: KnobSetting) -> ExecutorRequest:
-    return ExecutorRequest(sample["sample_id"], sample["image"], sample["question"], sample["style"], setting)

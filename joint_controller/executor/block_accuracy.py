@@ -177,10 +177,7 @@ class BlockSetAccuracies:
             for start in range(0, len(self._samples), self.executor.batch_size):
                 stop = min(start + self.executor.batch_size, len(self._samples))
                 rows = [self._samples[index] for index in range(start, stop)]
-                requests = [
-                    ExecutorRequest(row["sample_id"], row["image"], row["question"], row["style"], self._setting)
-                    for row in rows
-                ]
+                requests = [ExecutorRequest.of(row, self._setting) for row in rows]
                 encoded += self.executor.encode(requests, self._setting.tier)
                 bar.update(len(rows))
         return encoded

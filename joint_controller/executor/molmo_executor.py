@@ -394,8 +394,9 @@ class MolmoExecutor:
             # cannot be used by two.
             group_size = max(8, 4 * self.num_workers) if self.mode == "captured" else 4 * self.num_workers
             for group in _split(list(missing.values()), group_size):
-                inputs = [self._process(sample, tier) for sample in group]
-                digests = [f"{tier} {_digest(sample.image)}" for sample in group]
+                images = [sample.load_image() for sample in group]
+                inputs = [self._process(sample, image, tier) for sample, image in zip(group, images, strict=True)]
+                digests = [f"{tier} {_digest(image)}" for image in images]
                 features = {digest: self._features_of_image.get(digest) for digest in digests}
                 unseen = {digest: one for digest, one in zip(digests, inputs, strict=True) if features[digest] is None}
                 if self.mode == "captured" and len(unseen) > 1:
@@ -409,9 +410,9 @@ class MolmoExecutor:
                     self._keep((sample.sample_id, tier), found[sample.sample_id])
         return [found[sample.sample_id] for sample in samples]
 
-    def _process(self, sample: ExecutorRequest, tier: str) -> BatchFeature:
+    def _process(self, sample: ExecutorRequest, image: Image.Image, tier: str) -> BatchFeature:
         return self.processor(
-            images=sample.image,
+            images=image,
             text=sample.question,
             style=sample.style,
             tier=tier,
@@ -703,9 +704,10 @@ class MolmoExecutor:
             raise ValueError(f"setting '{request.setting}' is outside the knob space {self.knob_space.to_dict()}.")
         if repeats < 1 or warmup < 0:
             raise ValueError(f"`repeats` is {repeats} and `warmup` is {warmup}: give 1 or more and 0 or more.")
+        # Reading the image's file is no part of the request, nor is what is still to be captured.
+        request = replace(request, image=request.load_image())
         if self.mode == "captured":
-            # What is still to be captured is no part of the request.
-            inputs = self._process(request, request.setting.tier)
+            inputs = self._process(request, request.image, request.setting.tier)
             num_views, length = inputs["pixel_values"].shape[1], inputs["input_ids"].shape[1]
             self._inference.prepare(num_views, length, request.setting.num_blocks)
         runs = [self._time_once(request, decode_steps, controller) for _ in range(warmup + repeats)][warmup:]
@@ -727,7 +729,7 @@ class MolmoExecutor:
             question = self.question_features([request.question])
             controller.choose_tier(question, controller.controller.config.latency_budget_max_ms)
         clock.mark()
-        inputs = self._process(request, request.setting.tier)
+        inputs = self._process(request, request.image, request.setting.tier)
         clock.mark()
         encoded = self._encoded_sample(inputs, self._image_features(inputs))
         clock.mark()

@@ -1,6 +1,10 @@
 """What the executor is asked, what it answers, and what it measures."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import getitem
+from typing import Any
 
 from PIL import Image
 
@@ -15,8 +19,9 @@ class ExecutorRequest:
     Args:
         sample_id (`str`):
             Name of the sample. Encoded images are kept under it, so it must stand for one image and one question.
-        image (`PIL.Image.Image`):
-            The image.
+        image (`PIL.Image.Image` or `Callable[[], PIL.Image.Image]`):
+            The image, or a function that gives it: called when the image is encoded, so that many requests can wait
+            without their pixels.
         question (`str`):
             The bare question.
         style (`str`):
@@ -26,10 +31,29 @@ class ExecutorRequest:
     """
 
     sample_id: str
-    image: Image.Image
+    image: Image.Image | Callable[[], Image.Image]
     question: str
     style: str
     setting: KnobSetting
+
+    @classmethod
+    def of(cls, sample: Mapping[str, Any], setting: KnobSetting) -> "ExecutorRequest":
+        """
+        The request for a row of a data set.
+
+        Args:
+            sample (`dict`):
+                Has `sample_id`, `image`, `question` and `style`. The image is not read before it is encoded.
+            setting ([`KnobSetting`]):
+                Knob setting.
+        """
+        return cls(
+            sample["sample_id"], partial(getitem, sample, "image"), sample["question"], sample["style"], setting
+        )
+
+    def load_image(self) -> Image.Image:
+        """The image."""
+        return self.image() if callable(self.image) else self.image
 
 
 @dataclass(frozen=True)

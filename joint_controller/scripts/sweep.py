@@ -49,6 +49,7 @@ def main(args: SweepArguments):
     from rich.console import Console
 
     from ..controller import JointControllerModel
+    from ..data import read_samples
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.scoring import score_answer
     from ..evaluation.sweep import (
@@ -80,8 +81,8 @@ def main(args: SweepArguments):
     executor = load_executor(args)
     latency_estimator = load_latency_estimator(args, executor)
     skipped_rows = open_skipped_rows(args, args.output_dir)
-    samples = list(load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows))
-    train_samples = list(load_split(args, "train", args.max_static_samples, args.seed, skipped_rows))
+    samples = read_samples(load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows))
+    train_samples = read_samples(load_split(args, "train", args.max_static_samples, args.seed, skipped_rows))
     store = OutcomeStore(args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint)
     collector = OutcomeCollector(executor, store, score_answer)
 

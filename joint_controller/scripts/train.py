@@ -252,11 +252,13 @@ def _precompute_outcomes(collector: "OutcomeCollector", train_dataset: "Dataset"
     """Fills the store; every process answers its share of the samples."""
     from accelerate import PartialState
 
+    from ..data import read_samples
+
     state = PartialState()
     settings = list(collector.knob_space)
     logger.info("Answering %d training samples at %d settings each.", len(train_dataset), len(settings))
     rows = list(range(state.process_index, len(train_dataset), state.num_processes))
-    samples = [train_dataset[row] for row in rows]
+    samples = read_samples(train_dataset.select(rows))
     collector.collect(
         [sample for sample in samples for _ in settings], settings * len(samples), progress=state.is_main_process
     )
@@ -275,14 +277,14 @@ def _spread_fractions(budgets: "LatencyBudgetRange") -> Iterator[float]:
 def _baselines(
     script_args: TrainArguments, training_args: JointGRPOConfig, setup: TrainingSetup, budgets: "LatencyBudgetRange"
 ) -> "list[Policy]":
-    from ..data import take_rows
+    from ..data import read_samples, take_rows
     from ..evaluation.sweep import baseline_policies
 
     logger.info("Trying every static setting on training samples, to find the best one of each budget.")
     return baseline_policies(
         setup.collector,
         setup.latency_estimator,
-        list(take_rows(setup.train_dataset, script_args.max_static_samples)),
+        read_samples(take_rows(setup.train_dataset, script_args.max_static_samples)),
         [fraction * budgets.full_setting_ms for fraction in script_args.sweep_budget_fractions],
         training_args.reward_weights,
         training_args.seed,
@@ -298,6 +300,7 @@ def _sweep(
     untrained: "JointControllerModel",
     baselines: "list[Policy]",
 ) -> "list[SweepRow]":
+    from ..data import read_samples
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.sweep import sweep_budgets
 
@@ -313,7 +316,7 @@ def _sweep(
         policies,
         setup.collector,
         setup.latency_estimator,
-        list(setup.test_dataset),
+        read_samples(setup.test_dataset),
         script_args.sweep_budget_fractions,
         trainer.latency_budgets.full_setting_ms,
         training_args.reward_weights,

@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
 from ..controller import JointControllerModel
-from ..data import draw_budget
+from ..data import Sample, draw_budget
 from ..executor import ExecutorRequest
 from ..knobs import build_action_tokenizer
 from ..latency import LatencyEstimatorModel
@@ -34,7 +34,7 @@ from .checkpoints import last_complete_checkpoint
 from .epoch_checkpoints import EpochCheckpoints
 from .joint_grpo_config import JointGRPOConfig
 from .latency_budgets import resolve_latency_budgets
-from .rollout import FeatureCache, Sample, collect_outcomes, draw_action_noise
+from .rollout import FeatureCache, collect_outcomes, draw_action_noise
 
 
 logger = logging.get_logger(__name__)
@@ -427,12 +427,7 @@ class JointGRPOTrainer(GRPOTrainer):
             vectors: dict[int, torch.Tensor] = {}
             for tier in self.knob_space.tier_crops:
                 of_tier = [row for row in rows if tiers[row] == tier]
-                requests = [
-                    ExecutorRequest(
-                        sample["sample_id"], sample["image"], sample["question"], sample["style"], self.knob_space.full
-                    )
-                    for sample in (samples[row] for row in of_tier)
-                ]
+                requests = [ExecutorRequest.of(samples[row], self.knob_space.full) for row in of_tier]
                 if requests:
                     vectors.update(zip(of_tier, features.vision_features(requests, tier), strict=True))
             return torch.stack([vectors[row] for row in rows])

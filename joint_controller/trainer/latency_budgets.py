@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..data import take_rows
+from ..data import read_samples, take_rows
 from ..latency import LatencyEstimatorModel
 from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
 from .joint_grpo_config import JointGRPOConfig
@@ -66,10 +66,11 @@ def resolve_latency_budgets(
         ValueError: If the lowest budget is below what the cheapest setting takes on a probed sample.
     """
     if isinstance(train_dataset, IterableDataset):
-        probes = list(take_rows(train_dataset, NUM_PROBES))
+        probes = read_samples(take_rows(train_dataset, NUM_PROBES))
     else:
         num_probes = min(NUM_PROBES, len(train_dataset))
-        probes = list(train_dataset.select([row * len(train_dataset) // num_probes for row in range(num_probes)]))
+        rows = [row * len(train_dataset) // num_probes for row in range(num_probes)]
+        probes = read_samples(train_dataset.select(rows))
 
     def probed_ms(setting) -> torch.Tensor:
         return predict_latency_ms(latency_estimator, collect_outcomes(collector, probes, [setting] * len(probes)))

@@ -9,32 +9,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..data import ImageError, decode_image
 from ..knobs import KnobSetting
 from ..outcomes import Outcome, OutcomeCollector, RecordedOutcomes
-
-
-class Sample(dict):
-    """
-    A row of a data set whose image is decoded when it is first read: once its features and outcomes are known, it never
-    is.
-
-    Args:
-        row (`dict`):
-            Columns of the row, with the image still encoded (`datasets.Image(decode=False)`).
-    """
-
-    def __init__(self, row: Mapping[str, Any]):
-        super().__init__({column: value for column, value in row.items() if column != "image"})
-        self._encoded_image = row["image"]
-
-    def __missing__(self, column: str) -> Any:
-        if column != "image":
-            raise KeyError(column)
-        try:
-            return self.setdefault("image", decode_image(self._encoded_image))
-        except ImageError as error:
-            raise ValueError(f"sample '{self['sample_id']}', column 'image': {error}.") from error
 
 
 class FeatureCache:

@@ -49,7 +49,7 @@ class FormulaExecutor:
     def vision_features(self, requests, tier):
         return torch.stack(
             [
-                _direction(tier) + float(np.asarray(request.image).mean()) / 255 * _direction("brightness")
+                _direction(tier) + float(np.asarray(request.load_image()).mean()) / 255 * _direction("brightness")
                 for request in requests
             ]
         )

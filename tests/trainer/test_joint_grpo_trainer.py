@@ -18,12 +18,12 @@ from formula_world import (
     reward_of,
 )
 
-from joint_controller.data import draw_budget
+from joint_controller.data import Sample, draw_budget
 from joint_controller.executor import ExecutorRequest
 from joint_controller.outcomes import OutcomeStore, RecordedOutcomes
 from joint_controller.rewards import DEFAULT_REWARD_WEIGHTS, REWARD_FUNCTIONS
 from joint_controller.trainer import resolve_latency_budgets
-from joint_controller.trainer.rollout import Sample, draw_action_noise
+from joint_controller.trainer.rollout import draw_action_noise
 
 
 def first_rows(trainer, num_rows: int) -> list[dict]:
@@ -31,8 +31,7 @@ def first_rows(trainer, num_rows: int) -> list[dict]:
 
 
 def request_of(row: dict) -> ExecutorRequest:
-    sample = Sample(row)
-    return ExecutorRequest(sample["sample_id"], sample["image"], sample["question"], sample["style"], SPACE.full)
+    return ExecutorRequest.of(Sample(row), SPACE.full)
 
 
 def logged(trainer, metric: str) -> list[float]:
