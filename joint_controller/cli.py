@@ -45,6 +45,10 @@ COMMANDS = {
         "evaluate a controller and static settings over latency budgets",
         "--config recipes/easy_vqa/sweep.yaml",
     ),
+    "bench executor": (
+        "time the executor beside transformers' own modules, alone and in batches",
+        "--repeats 20",
+    ),
     "bench data": (
         "time the way from a Parquet file to the executor's input, and watch its memory",
         "--num_images 200",

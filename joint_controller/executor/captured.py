@@ -113,6 +113,8 @@ class GraphPool:
             for graph in self._graphs.popitem(last=False)[1]:
                 graph.reset()
             self.num_bytes += free - self._free_bytes()
+        if not self._graphs:
+            self.clear()
 
     def _free_bytes(self) -> int:
         """What is left of the device's memory once torch has handed back what it does not use."""
@@ -121,7 +123,7 @@ class GraphPool:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def clear(self) -> None:
-        """Drops all graphs."""
+        """Drops all graphs, and with the last of them the memory that they shared, which no new graph may name."""
         while self._graphs:
             for graph in self._graphs.popitem()[1]:
                 graph.reset()

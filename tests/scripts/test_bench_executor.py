@@ -1,0 +1,58 @@
+"""The executor's benchmark on a CPU, where it takes the executor that ships with the package."""
+
+import json
+
+import pytest
+
+from joint_controller.scripts.bench_executor import MOLMOE_CASES, BenchExecutorArguments, main
+
+
+def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
+    path = tmp_path / "new" / "results.json"
+    arguments = BenchExecutorArguments(
+        device="cpu",
+        repeats=1,
+        stock_repeats=1,
+        num_requests=4,
+        num_stock_requests=1,
+        batch_size=3,
+        max_new_tokens=2,
+        grid_repeats=0,
+        num_agreement=4,
+        num_memory=2,
+        json=str(path),
+    )
+    main(arguments)
+    results = json.loads(path.read_text())
+    assert results["mode"] == "onednn" and results["captures"] is None
+    rows = {row["what"]: row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 6
+    assert sum("decode, top_k 8, 8 blocks, 10 views" in what for what in rows) == 1
+    assert sum("image to first token, top_k 1, 4 blocks, 4 views" in what for what in rows) == 1
+    assert all(0 < row["ours"] < 100_000 and 0 < row["stock"] < 100_000 for row in rows.values())
+    agreement = results["agreement"]
+    assert agreement["same_tokens"] == agreement["batched_same_tokens"] == 1.0
+    assert 0 < agreement["relative_difference_of_logits_max"] < 1e-4
+    assert results["memory"]["requests"] == 2
+    assert "batched answering" in capsys.readouterr().out
+
+
+def test_the_knobs_authority_is_that_of_most_over_least_work():
+    most, least = MOLMOE_CASES[3:5]
+    assert (most.num_crops, most.top_k, most.num_blocks) == (12, 8, 16)
+    assert (least.num_crops, least.top_k, least.num_blocks) == (2, 4, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repeats": 0}, "`repeats` is 0"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"num_agreement": -1}, "`num_agreement` is -1"),
+        ({"max_new_tokens": 1}, "`max_new_tokens` is 1"),
+        ({"num_threads": 0}, "`num_threads` is 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(BenchExecutorArguments(**arguments))
