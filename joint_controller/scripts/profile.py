@@ -100,7 +100,7 @@ class ProfileArguments(DatasetArguments):
         default=False,
         metadata={
             "help": f"Measure everything once more, into the folder `{REPEAT_FOLDER}`, and report the share of settings whose "
-            "medians agree within 3 %."
+            "medians agree within 3 percent."
         },
     )
     compare_with: str | None = field(

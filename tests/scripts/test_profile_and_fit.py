@@ -317,3 +317,10 @@ def test_inputs_and_repeats_are_needed(executor_folder):
         profile_executor(executor, inputs, num_measurements=0)
     with pytest.raises(ValueError, match="time limit of 0.0 s"):
         profile_executor(executor, inputs, time_limit_s=0.0, progress=False)
+
+
+@pytest.mark.parametrize("script", [profile, fit_latency])
+def test_help_explains_every_field(script):
+    text = script.make_parser().format_help()
+    for action in script.make_parser()._actions:
+        assert action.help and action.option_strings[0] in text
