@@ -55,7 +55,7 @@ class DataArguments(DatasetArguments):
     train_split: str = field(
         default="train",
         metadata={
-            "help": "Split of the data sets to train on. `train[:90%]` is the part with about 90 % of its images."
+            "help": "Split of the data sets to train on. `train[:90%%]` is the part with about 90 percent of its images."
         },
     )
     eval_split: str = field(
