@@ -247,15 +247,14 @@ class CapturedInference:
         )
         # The tower works on the first views while the next are uploaded.
         features, start, done = [], 0, 0
-        with sdpa_kernel(ANY_SHAPE):
-            for (pixels, image_masks), count in zip(images, counts, strict=True):
-                self._upload(pixels[0], views[start : start + count])
-                self._upload(image_masks[0], masks[start : start + count])
-                start += count
-                while start - done >= VIEWS_AT_ONCE or (start == len(views) and done < start):
-                    chunk = slice(done, min(done + VIEWS_AT_ONCE, start))
-                    features.append(self.fused.image_features(views[chunk], masks[chunk]))
-                    done = chunk.stop
+        for (pixels, image_masks), count in zip(images, counts, strict=True):
+            self._upload(pixels[0], views[start : start + count])
+            self._upload(image_masks[0], masks[start : start + count])
+            start += count
+            while start - done >= VIEWS_AT_ONCE or (start == len(views) and done < start):
+                chunk = slice(done, min(done + VIEWS_AT_ONCE, start))
+                features.append(self.fused.image_features(views[chunk], masks[chunk]))
+                done = chunk.stop
         return list(torch.cat(features).split(counts))
 
     # --- language model -------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ class MolmoExecutor:
             Most prompts that go through the model together.
         num_workers (`int`, *optional*, defaults to 1):
             Batches that are answered at the same time, each by a thread of its own. On a CPU, two threads
-            with a batch each beat two threads that share every small operation of one batch.
+            with a batch each beat two threads that share every small operation of one batch. A GPU takes one batch after
+            the other, whatever the number.
         vision_cache_bytes (`int`, *optional*, defaults to 512 MiB):
             Memory for encoded images on the model's device; the least recently used go first.
         mode (`str`, *optional*):
