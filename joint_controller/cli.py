@@ -49,6 +49,14 @@ COMMANDS = {
         "time the executor beside transformers' own modules, alone and in batches",
         "--repeats 20",
     ),
+    "bench controller": (
+        "time the controller for single requests beside its modules",
+        "--num_requests 500",
+    ),
+    "bench training": (
+        "time training, with outcomes to be computed and with known ones",
+        "--num_rollouts 4",
+    ),
     "bench data": (
         "time the way from a Parquet file to the executor's input, and watch its memory",
         "--num_images 200",

@@ -221,3 +221,12 @@ def test_the_example_of_each_subcommand_can_be_parsed(command, monkeypatch):
     flags = cli.COMMANDS[command][1].split()
     assert run_script(command, script.make_parser, lambda *args: parsed.extend(args), flags) == 0
     assert parsed
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_the_help_of_each_subcommand_can_be_printed(command, capsys):
+    """A bare percent sign in a help text breaks all of it."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*command.split(), "--help"])
+    assert exit_info.value.code == 0
+    assert f"usage: joint-controller {command} " in capsys.readouterr().out
