@@ -6,17 +6,14 @@ from .configuration_latency_estimator import LatencyEstimatorConfig, executor_sh
 from .fit_report import format_model_card, plot_fit, report_errors
 from .fitting import cross_validate, fit_latency_estimator
 from .loading import read_latency_estimator
-from .modeling_latency_estimator import (
-    LatencyEstimatorModel,
-    LatencyEstimatorOutput,
-    embedded_latency_estimator_path,
-)
+from .modeling_latency_estimator import LatencyEstimatorModel, LatencyEstimatorOutput
 from .modeling_original_estimator import OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel
 from .profile_inputs import make_profile_inputs
 from .profile_report import repeatability, write_profile_report
 from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
 from .recalibration import fit_recalibration, plot_recalibration, recalibrate, recalibration_errors
+from .shipped_estimators import embedded_latency_estimator_path, shipped_latency_estimators
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
@@ -48,5 +45,6 @@ __all__ = [
     "repeatability",
     "report_errors",
     "save_profile",
+    "shipped_latency_estimators",
     "write_profile_report",
 ]

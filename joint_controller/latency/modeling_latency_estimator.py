@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -452,19 +451,3 @@ class LatencyEstimatorModel(PreTrainedModel):
                 f"the latency estimator was fitted on another executor ({'; '.join(differing)}): fit one for this "
                 "executor with `joint-controller profile` and `joint-controller fit-latency`."
             )
-
-
-def embedded_latency_estimator_path() -> Path:
-    """
-    Folder of the latency estimator that ships with the package: the embedded executor on a CPU.
-
-    Raises:
-        FileNotFoundError: If the installed package has no such folder.
-    """
-    path = Path(__file__).parents[1] / "assets" / "latency" / "embedded_cpu"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"the embedded executor's latency estimator is missing from '{path}': install the package again, or measure "
-            "this machine with `--latency_estimator_path fit`."
-        )
-    return path

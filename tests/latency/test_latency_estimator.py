@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel
 
 from joint_controller import KnobSetting, KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel, MolmoConfig
 from joint_controller.latency import (
-    embedded_latency_estimator_path,
     executor_shape,
     fit_latency_estimator,
     format_model_card,
@@ -205,10 +204,14 @@ def test_estimates_rise_with_random_coefficients():
             assert all((times.diff(dim=axis) >= 0).all() for axis in range(4))
 
 
-def test_the_estimator_that_ships_predicts_what_it_did():
-    """Figures that were published with it depend on it: a sum in float32, term by term, of version 1."""
-    model = LatencyEstimatorModel.from_pretrained(embedded_latency_estimator_path())
-    assert model.config.formula_version == 1
+@torch.no_grad()
+def test_estimators_of_version_1_predict_what_they_did():
+    """Figures that were published with them depend on it: a sum in float32, term by term."""
+    knobs = {"tier": ["low"], "top_k": [1, 8], "num_blocks": [4, 8]}
+    model = LatencyEstimatorModel(LatencyEstimatorConfig(formula_version=1, fitted_knobs=knobs))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.rand(parameter.shape, generator=generator))
     single = np.float32
 
     def weighted_sum(coefficients, features):
@@ -218,7 +221,7 @@ def test_the_estimator_that_ships_predicts_what_it_did():
         return total
 
     for top_k, num_blocks, views, vision, text, output in itertools.product(
-        (1, 4, 8), (4, 5, 8), (2, 10), (44, 134), (13, 40), (1, 2, 7)
+        (1, 8), (4, 8), (2, 10), (44, 134), (13, 40), (1, 2, 7)
     ):
         tokens = single(vision + text)
         expected = weighted_sum(model.vision_coefficients, (1, views))

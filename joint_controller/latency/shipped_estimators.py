@@ -1,0 +1,46 @@
+"""The latency estimators that ship with the package, so that whoever owns their hardware starts without profiling."""
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
+
+
+SHIPPED_ESTIMATORS = Path(__file__).parents[1] / "assets" / "latency"
+"""Folder of the estimators that ship with the package, each in a folder of its own with its card and its profile."""
+
+
+def embedded_latency_estimator_path() -> Path:
+    """
+    Folder of the latency estimator of the embedded executor on a CPU.
+
+    Raises:
+        FileNotFoundError: If the installed package has no such folder.
+    """
+    path = SHIPPED_ESTIMATORS / "embedded_cpu"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the embedded executor's latency estimator is missing from '{path}': install the package again, or measure "
+            "this machine with `--latency_estimator_path fit`."
+        )
+    return path
+
+
+def shipped_latency_estimators(config: PreTrainedConfig) -> dict[str, Path]:
+    """
+    The estimators that ship with the package for an executor of these sizes.
+
+    Args:
+        config ([`MolmoConfig`]):
+            Configuration of the executor's model.
+
+    Returns:
+        `dict[str, Path]`: folder of the estimator, by the name of the device that it was fitted on, e.g. `"NVIDIA H200"`.
+    """
+    shape = executor_shape(config)
+    configs = {
+        path.parent: LatencyEstimatorConfig.from_pretrained(path.parent)
+        for path in SHIPPED_ESTIMATORS.glob("*/config.json")
+    }
+    return {config.device_name: folder for folder, config in sorted(configs.items()) if config.executor_shape == shape}
