@@ -42,28 +42,50 @@ class PackedLinear:
             Bias.
         has_silu (`bool`, *optional*, defaults to `False`):
             Whether the output goes through SiLU, which oneDNN applies while it is in the cache.
+        rounds_rows (`bool`, *optional*, defaults to `False`):
+            Whether to fill up the inputs with rows of zeros to one of a few numbers of rows. oneDNN compiles code for each
+            number of rows that it meets and keeps it: where any number occurs, that costs more than the product itself, and
+            hundreds of megabytes.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, has_silu: bool = False):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        has_silu: bool = False,
+        rounds_rows: bool = False,
+    ):
         self.weight = weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach()
         self.has_silu = has_silu
+        self.rounds_rows = rounds_rows
         # The number of rows is a hint only: the layout serves any.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 128)
 
     @classmethod
-    def of(cls, *layers: nn.Linear) -> "PackedLinear":
+    def of(cls, *layers: nn.Linear, rounds_rows: bool = False) -> "PackedLinear":
         """One layer that gives the outputs of several linear modules, one behind the other."""
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
-        return cls(torch.cat([layer.weight for layer in layers]), bias)
+        return cls(torch.cat([layer.weight for layer in layers]), bias, rounds_rows=rounds_rows)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.numel() * len(self.weight) < MIN_PACKED_MACS:
             outputs = F.linear(inputs, self.weight, self.bias)
             return F.silu(outputs, inplace=True) if self.has_silu else outputs
         activation = "swish" if self.has_silu else "none"
+        num_rows = len(inputs)
+        if self.rounds_rows:
+            inputs = F.pad(inputs, (0, 0, 0, _rounded(num_rows) - num_rows))
+            outputs = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, activation, [], "")
+            return outputs[:num_rows]
         return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, activation, [], "")
+
+
+def _rounded(num_rows: int) -> int:
+    """The next number of rows that code is compiled for."""
+    step = 1 if num_rows <= 128 else 64 if num_rows <= 1024 else 256
+    return -(-num_rows // step) * step
 
 
 class CpuInference:
@@ -187,13 +209,13 @@ class _Block:
         self.clip_qkv = attention.config.clip_qkv
         self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.qkv = PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj, rounds_rows=True)
         self.qkv_sizes = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
-        self.out = PackedLinear.of(attention.o_proj)
+        self.out = PackedLinear.of(attention.o_proj, rounds_rows=True)
         self.gate = mlp.gate
         self.act_fn = mlp.experts.act_fn
-        self.gate_up = [PackedLinear(weight) for weight in mlp.experts.gate_up_proj]
-        self.down = [PackedLinear(weight) for weight in mlp.experts.down_proj]
+        self.gate_up = [PackedLinear(weight, rounds_rows=True) for weight in mlp.experts.gate_up_proj]
+        self.down = [PackedLinear(weight, rounds_rows=True) for weight in mlp.experts.down_proj]
 
     def project(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]

@@ -147,13 +147,14 @@ def test_all_golden_cases_agree_without_the_modules(shared_dir):
 
 @pytest.mark.parametrize("num_rows", [1, 200])
 @pytest.mark.parametrize("has_silu", [False, True])
-def test_a_packed_layer_equals_torchs_on_either_side_of_its_threshold(num_rows, has_silu):
+@pytest.mark.parametrize("rounds_rows", [False, True])
+def test_a_packed_layer_equals_torchs_on_either_side_of_its_threshold(num_rows, has_silu, rounds_rows):
     layer = torch.nn.Linear(96, 80)
     assert (num_rows * 96 * 80 > MIN_PACKED_MACS) == (num_rows == 200)
     rows = torch.randn(num_rows, 96)
     expected = layer(rows)
     expected = torch.nn.functional.silu(expected) if has_silu else expected
-    found = PackedLinear(layer.weight, layer.bias, has_silu)(rows)
+    found = PackedLinear(layer.weight, layer.bias, has_silu, rounds_rows)(rows)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
