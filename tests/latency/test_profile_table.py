@@ -53,11 +53,15 @@ def test_rows_that_are_no_measurement_are_refused(row, message):
         make_profile([])
 
 
-def test_files_of_the_first_version_are_read():
-    file = embedded_latency_estimator_path() / PROFILE_FILE
+def test_files_of_the_first_version_are_read(tmp_path):
+    added = ("controller_ms", "controller_ms_spread", "decode_ms", "prefill_lengths", "repeats_disagree")
+    added += ("driver_version", "executor_mode", "executor_revision")
+    shipped = parquet.read_table(embedded_latency_estimator_path() / PROFILE_FILE)
+    raw = shipped.drop_columns(list(added))
+    assert len(raw.column_names) == 22
+    file = tmp_path / PROFILE_FILE
+    parquet.write_table(raw, file)
     profile = load_profile(file)
-    raw = parquet.read_table(file)
-    assert "executor_mode" not in raw.column_names
     assert profile["executor_mode"][:] == [UNKNOWN] * len(raw) and profile["decode_ms"][:] == [None] * len(raw)
     for column in raw.column_names:
         assert profile[column][:] == raw[column].to_pylist()

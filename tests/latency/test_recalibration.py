@@ -9,7 +9,6 @@ from synthetic_profile import LENGTHS, cpu_times, gpu_times, make_synthetic_prof
 
 from joint_controller import LatencyEstimatorModel
 from joint_controller.latency import (
-    embedded_latency_estimator_path,
     fit_latency_estimator,
     fit_recalibration,
     plot_recalibration,
@@ -112,7 +111,8 @@ def test_picture_is_drawn(base, tmp_path):
 
 def test_what_cannot_be_adapted_is_refused(base):
     profile = make_synthetic_profile(cpu_times, num_inputs=2)
-    old = LatencyEstimatorModel.from_pretrained(embedded_latency_estimator_path())
+    old = copy.deepcopy(base[0])
+    old.config.formula_version = 1
     with pytest.raises(ValueError, match="of an earlier version"):
         recalibrate(old, profile)
     other = copy.deepcopy(base[0])
