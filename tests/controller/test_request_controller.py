@@ -30,7 +30,11 @@ def random_controller(stage2_inputs, device):
     [
         "cpu",
         pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a CUDA device")
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a CUDA device"),
+            ],
         ),
     ],
 )
