@@ -9,6 +9,7 @@ setting of its own.
 """
 
 import time
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -20,7 +21,11 @@ from ..molmo.fused import DecodeState, FusedMolmo, KeyValueCache
 
 
 LENGTH_STEP = 64
-"""Prompts are rounded up to multiples of this many tokens (of twice as many above 1,024)."""
+"""Prompts are padded to multiples of this many tokens, those of more than `SHORT_LENGTH` tokens to multiples of twice as
+many."""
+
+SHORT_LENGTH = 1024
+"""Where the steps between lengths double: a graph is a block's work for one length, and few lengths are few graphs."""
 
 VIEWS_AT_ONCE = 40
 """Most views that go through the tower together when several images are encoded."""
@@ -31,6 +36,18 @@ UPLOADS_AHEAD = 8
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention where lengths vary freely: cuDNN's is a little faster, but prepares itself for each new length, which takes many
 times what it saves."""
+
+
+def padded_lengths(capacity: int) -> list[int]:
+    """
+    Lengths, ascending, that the prompt of a single request is padded to.
+
+    Args:
+        capacity (`int`):
+            The longest of them: a multiple of `2 * LENGTH_STEP`, as `SHORT_LENGTH` is.
+    """
+    short = range(LENGTH_STEP, min(capacity, SHORT_LENGTH) + 1, LENGTH_STEP)
+    return [*short, *range(SHORT_LENGTH + 2 * LENGTH_STEP, capacity + 1, 2 * LENGTH_STEP)]
 
 
 class GraphPool:
@@ -141,6 +158,12 @@ class CapturedInference:
         graph_bytes (`int`, *optional*, defaults to 2 GiB):
             Memory for graphs.
 
+    Attributes:
+        capacity (`int`):
+            Tokens that the prompt and the answer of a single request may have. A longer prompt makes it grow.
+        prefill_lengths (`list[int]`):
+            Lengths, ascending, that the prompt of a single request is padded to.
+
     Raises:
         ImportError: If Triton is missing.
         ValueError: If the model is not on a GPU, or has something that [`~molmo.fused.FusedMolmo`] lacks.
@@ -185,6 +208,7 @@ class CapturedInference:
         """Makes room for prompts and answers of `capacity` tokens; what was captured before is captured anew."""
         self.graphs.clear()
         self.capacity = -(-capacity // (2 * LENGTH_STEP)) * 2 * LENGTH_STEP
+        self.prefill_lengths = padded_lengths(self.capacity)
         self._rotary = self.fused.rotary(self.capacity)
         self._cache = self.fused.new_cache(1, self.capacity)
         self._state = DecodeState(self.fused, self._most_experts)
@@ -307,15 +331,9 @@ class CapturedInference:
         embeddings = self.model.get_input_embeddings()(prompts["input_ids"])
         return self.model.model.place_image_features(embeddings, prompts["image_features"], prompts["image_input_idx"])
 
-    @property
-    def prefill_lengths(self) -> list[int]:
-        """Lengths, ascending, that the prompt of a single request is padded to."""
-        return [*range(LENGTH_STEP, 1024, LENGTH_STEP), *range(1024, self.capacity + 1, 2 * LENGTH_STEP)]
-
     def _prefill_graphs(self, length: int) -> list[torch.cuda.CUDAGraph]:
-        """A graph for each block, on the first rows of `_x`: as many as prompts of about that length have tokens."""
-        step = LENGTH_STEP if length <= 1024 else 2 * LENGTH_STEP
-        length = -(-length // step) * step
+        """A graph for each block, on the first rows of `_x`: as many as prompts of about that length are padded to."""
+        length = self.prefill_lengths[bisect_left(self.prefill_lengths, length)]
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
             # Padding stands behind the prompt: no token of the prompt sees it.

@@ -217,6 +217,17 @@ def test_a_request_ends_the_one_before_it(captured):
         first.step()
 
 
+@pytest.mark.parametrize("capacity", [128, 768, 1024, 1152, 2688])
+def test_prompts_are_padded_to_multiples_of_64_and_long_ones_of_128(capacity):
+    from joint_controller.executor.captured import padded_lengths
+
+    lengths = padded_lengths(capacity)
+    assert lengths == sorted(set(lengths)) and lengths[-1] == capacity
+    for length in range(1, capacity + 1):
+        step = 64 if length <= 1024 else 128
+        assert next(padded for padded in lengths if padded >= length) == -(-length // step) * step
+
+
 def test_the_captured_mode_is_refused_on_a_cpu(tiny_molmo):
     with pytest.raises(ValueError, match="'captured' needs a CUDA device, but the model is on 'cpu'"):
         load_inference(tiny_molmo, "captured")
