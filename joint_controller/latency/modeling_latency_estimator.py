@@ -36,6 +36,9 @@ LLM_PREFILL_INPUTS = ("tokens", "top_k", "blocks", "tokens x top_k")
 DECODE_INPUTS = ("tokens", "top_k", "blocks", "blocks x top_k")
 """What the learned factor of each stage sees."""
 
+_CACHED_VALUES = 2**14
+"""Values of a temporary tensor that stays in a core's cache."""
+
 
 @dataclass
 class LatencyEstimatorOutput(ModelOutput):
@@ -114,10 +117,7 @@ def decode_features(
 def _weighted_sum(coefficients: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
     # Term by term rather than as a matrix product, whose order of additions may differ between rows: rounding must not
     # make a larger setting cheaper.
-    total = torch.zeros_like(features[0])
-    for coefficient, feature in zip(coefficients, features, strict=True):
-        total = total + coefficient * feature
-    return total
+    return sum(coefficient * feature for coefficient, feature in zip(coefficients, features, strict=True))
 
 
 def pad_lengths(num_tokens: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
@@ -148,13 +148,17 @@ def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch
         inputs (`Sequence[torch.Tensor]`):
             One tensor an input, not negative; their shapes broadcast.
     """
+    # Several units at once, along a new first dimension, since a single request costs what launching the operations costs;
+    # only as many as a core's cache holds, since many requests cost what memory does.
+    together = max(1, _CACHED_VALUES // inputs[0].numel())
     total = torch.ones_like(inputs[0])
-    for *input_weights, output_weight in units:
-        z = _weighted_sum(input_weights, inputs)
+    for group in units.view(*units.shape, *[1] * inputs[0].dim()).split(together):
+        z = _weighted_sum(group[:, :-1].unbind(1), inputs)
         for _ in range(3):
             z = z * z
         # Written so that each operation is monotone after rounding, too.
-        total = total + output_weight * (1 - 1 / (1 + z))
+        for step in group[:, -1] * (1 - 1 / (1 + z)):
+            total = total + step
     return total
 
 
@@ -364,10 +368,17 @@ class LatencyEstimatorModel(PreTrainedModel):
 
     def _knobs(self, settings: Sequence[KnobSetting]) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_fitted()
-        for setting in set(settings):
-            self._check_setting(setting)
-        top_k = torch.tensor([setting.top_k for setting in settings], device=self.device)
-        num_blocks = torch.tensor([setting.num_blocks for setting in settings], device=self.device)
+        # The tier needs no check: what it costs comes in through the counts.
+        knobs = {name: [getattr(setting, name) for setting in settings] for name in ("top_k", "num_blocks")}
+        for name, values in knobs.items():
+            measured = self.config.fitted_knobs[name]
+            outside = [value for value in values if not measured[0] <= value <= measured[-1]]
+            if outside:
+                raise ValueError(
+                    f"knob `{name}` is {outside[0]} but the latency estimator was fitted on {measured[0]} to "
+                    f"{measured[-1]}: profile the executor over the wanted values and fit again."
+                )
+        top_k, num_blocks = (torch.tensor(values, device=self.device) for values in knobs.values())
         return top_k, num_blocks
 
     def _total_ms(
@@ -410,17 +421,6 @@ class LatencyEstimatorModel(PreTrainedModel):
                 f"the latency estimator has no {lacking or 'fitted_knobs'}: it was not fitted, or its folder is "
                 "incomplete. Fit one with `joint-controller fit-latency`."
             )
-
-    def _check_setting(self, setting: KnobSetting):
-        # The tier needs no check: what it costs comes in through the counts.
-        for knob in ("top_k", "num_blocks"):
-            measured = self.config.fitted_knobs[knob]
-            value = getattr(setting, knob)
-            if not measured[0] <= value <= measured[-1]:
-                raise ValueError(
-                    f"knob `{knob}` is {value} but the latency estimator was fitted on {measured[0]} to "
-                    f"{measured[-1]}: profile the executor over the wanted values and fit again."
-                )
 
     def check_executor(self, config: PreTrainedConfig):
         """
