@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    import torch
+
     from ..executor import MolmoExecutor
     from ..knobs import KnobSpace
     from ..latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel
@@ -125,6 +127,49 @@ def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoE
     )
     executor.knob_space = knob_space_of(args, executor.model.config)
     return executor
+
+
+def open_executor(
+    model_path: str,
+    device: "str | torch.device | None" = None,
+    importance: str | None = None,
+    seed: int = 42,
+    **kwargs: Any,
+) -> "MolmoExecutor":
+    """
+    Loads an executor, or makes one with random weights, for what asks how long it takes rather than what it answers.
+
+    Args:
+        model_path (`str`):
+            A folder or Hub name of a Molmo, `embedded`, or `random:` and one of `RANDOM_CONFIGS`, e.g.
+            `random:molmoe-1b`.
+        device (`str` or `torch.device`, *optional*):
+            Where to put it. Defaults to the best device that there is.
+        importance (`str`, *optional*):
+            JSON of block importance scores.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of random weights.
+        kwargs:
+            Further arguments of [`MolmoExecutor`].
+
+    Raises:
+        FileNotFoundError: If the model cannot be found.
+        ValueError: If there are no such sizes, or random weights are given importance scores.
+    """
+    from ..executor import MolmoExecutor
+    from ..executor.random_executor import RANDOM_CONFIGS, random_executor
+
+    kind, _, name = model_path.partition(":")
+    if kind != "random":
+        return MolmoExecutor.from_pretrained(model_path, device=device, importance=importance, **kwargs)
+    if name not in RANDOM_CONFIGS:
+        raise ValueError(f"`model_path` '{model_path}' is unknown: choose random:{', random:'.join(RANDOM_CONFIGS)}.")
+    if importance is not None:
+        raise ValueError(
+            f"`importance_path` '{importance}' scores blocks of a trained model, but the weights of '{model_path}' are "
+            "random: leave it out."
+        )
+    return random_executor(RANDOM_CONFIGS[name](), device, seed=seed, **kwargs)
 
 
 def load_executor_inputs(args: ExecutorArguments) -> "tuple[MolmoConfig, MolmoProcessor, KnobSpace]":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import ScriptParser, run_script
 from .data_arguments import DatasetArguments, load_split, open_skipped_rows
-from .executor_arguments import knob_space_of
+from .executor_arguments import knob_space_of, open_executor
 
 
 REPEAT_FOLDER = "repeat"
@@ -206,23 +206,12 @@ def _measure(args: ProfileArguments, folders: list[Path]):
 def _load_executor(args: ProfileArguments):
     import torch
 
-    from ..executor import MolmoExecutor
-    from ..executor.random_executor import RANDOM_CONFIGS, random_executor
-
     if args.num_threads is not None:
         if args.num_threads < 1:
             raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
         torch.set_num_threads(args.num_threads)
     kwargs = {"max_new_tokens": args.max_new_tokens, "mode": args.executor_mode}
-    kind, _, name = args.model_path.partition(":")
-    if kind == "random":
-        if name not in RANDOM_CONFIGS:
-            raise ValueError(
-                f"`model_path` '{args.model_path}' is unknown: choose random:{', random:'.join(RANDOM_CONFIGS)}."
-            )
-        executor = random_executor(RANDOM_CONFIGS[name](), **kwargs)
-    else:
-        executor = MolmoExecutor.from_pretrained(args.model_path, importance=args.importance_path, **kwargs)
+    executor = open_executor(args.model_path, importance=args.importance_path, **kwargs)
     executor.knob_space = knob_space_of(args, executor.model.config)
     return executor
 

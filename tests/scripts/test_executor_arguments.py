@@ -5,7 +5,7 @@ import json
 import pytest
 
 from joint_controller.scripts import ScriptParser
-from joint_controller.scripts.executor_arguments import ExecutorArguments, load_executor
+from joint_controller.scripts.executor_arguments import ExecutorArguments, load_executor, open_executor
 
 
 def parse(*flags):
@@ -48,3 +48,16 @@ def test_wrong_importance_paths_are_refused(tmp_path, recipe, message):
     path.write_text(recipe)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_executor(parse("--config", str(path)))
+
+
+@pytest.mark.parametrize(
+    ("model_path", "importance", "error", "message"),
+    [
+        ("random:molmo-72b", None, ValueError, "'random:molmo-72b' is unknown: choose random:molmoe-1b"),
+        ("random:molmoe-1b", "scores.json", ValueError, "are random: leave it out"),
+        ("nowhere/to/be/found", None, FileNotFoundError, "'nowhere/to/be/found' does not exist"),
+    ],
+)
+def test_executors_that_there_are_not_are_refused(model_path, importance, error, message):
+    with pytest.raises(error, match=message):
+        open_executor(model_path, "cpu", importance)
