@@ -31,8 +31,11 @@ def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
     assert sum("image to first token, top_k 1, 4 blocks, 4 views" in what for what in rows) == 1
     assert all(0 < row["ours"] < 100_000 and 0 < row["stock"] < 100_000 for row in rows.values())
     agreement = results["agreement"]
-    assert agreement["same_tokens"] == agreement["batched_same_tokens"] == 1.0
-    assert 0 < agreement["relative_difference_of_logits_max"] < 1e-4
+    for way in ("", "batched_", "stock_"):
+        assert agreement[f"{way}same_tokens"] == agreement[f"{way}same_or_near_tie"] == 1.0
+        assert agreement[f"{way}beyond_near_tie"] == 0 and agreement[f"{way}gaps_where_different"] == []
+    for way in ("", "stock_"):
+        assert 0 < agreement[f"{way}relative_difference_of_logits_max"] < 1e-4
     assert results["memory"]["requests"] == 2
     assert "batched answering" in capsys.readouterr().out
 
