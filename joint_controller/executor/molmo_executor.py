@@ -120,7 +120,7 @@ class MolmoExecutor:
             the other, whatever the number.
         vision_cache_bytes (`int`, *optional*):
             Memory for encoded images on the model's device; the least recently used go first. Defaults to 2 GiB on a CUDA
-            device, where a rollout of 64 questions at every tier takes almost one, else to 512 MiB.
+            device (MolmoE-1B's features of 64 photographs at every tier are 0.5 GiB), else to 512 MiB.
         mode (`str`, *optional*):
             How the model is computed: one of `MODES` in `executor.inference`, all of which give the same answers.
             Defaults to the fastest one for the model's device and precision.
