@@ -9,7 +9,13 @@ from PIL import Image
 from .controller import JointControllerModel, RequestController
 from .executor import ExecutorRequest, MolmoExecutor
 from .knobs import KnobSetting
-from .latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel, read_latency_estimator
+from .latency import (
+    Guardrail,
+    LatencyEstimatorModel,
+    OriginalLatencyEstimatorModel,
+    read_latency_estimator,
+    settings_that_fit,
+)
 from .outcomes import Outcome, predict_latency_ms
 
 
@@ -27,12 +33,16 @@ class BudgetedAnswer:
             Estimated latency of the request at batch 1, in ms.
         latency_budget_ms (`float`):
             The budget, in ms.
+        is_guaranteed (`bool`, *optional*):
+            With a guardrail, whether the setting was predicted to fit the budget; if not, none was, and the cheapest one
+            was taken. `None` without a guardrail.
     """
 
     answer: str
     setting: KnobSetting
     latency_ms: float
     latency_budget_ms: float
+    is_guaranteed: bool | None = None
 
 
 class JointPipeline:
@@ -46,9 +56,14 @@ class JointPipeline:
             Answers. Its knob space must be the controller's.
         latency_estimator ([`LatencyEstimatorModel`]):
             Estimates what a request took.
+        guardrail_quantile (`float`, *optional*):
+            Lets the controller choose only among settings whose latency is predicted to stay below the budget, with an
+            answer of the executor's `max_new_tokens`, on this share of requests: 0.9, 0.95 or 0.99. By default it may
+            choose any setting. See [`~latency.Guardrail`].
 
     Raises:
-        ValueError: If controller, executor and estimator do not belong together.
+        ValueError: If controller, executor and estimator do not belong together, or the estimator does not predict the
+            guardrail's quantile.
 
     Example:
 
@@ -66,6 +81,7 @@ class JointPipeline:
         controller: JointControllerModel,
         executor: MolmoExecutor,
         latency_estimator: LatencyEstimatorModel | OriginalLatencyEstimatorModel,
+        guardrail_quantile: float | None = None,
     ):
         if controller.knob_space != executor.knob_space:
             raise ValueError(
@@ -81,6 +97,9 @@ class JointPipeline:
         latency_estimator.check_executor(executor.model.config)
         self.executor = executor
         self.latency_estimator = latency_estimator
+        self._guardrail = None
+        if guardrail_quantile is not None:
+            self._guardrail = Guardrail(latency_estimator, executor, guardrail_quantile)
         self._controller = RequestController(controller.to(executor.device))
         self._numbers = itertools.count()
 
@@ -90,6 +109,7 @@ class JointPipeline:
         controller_path: str | Path,
         model_path: str | Path = "embedded",
         latency_estimator_path: str | Path | None = None,
+        guardrail_quantile: float | None = None,
         **kwargs,
     ) -> "JointPipeline":
         """
@@ -103,6 +123,8 @@ class JointPipeline:
             latency_estimator_path (`str` or `Path`, *optional*):
                 Folder of the estimator, or a `best_latency_estimator.pt` of the original scripts. Defaults to
                 `latency_estimator` in the controller's folder.
+            guardrail_quantile (`float`, *optional*):
+                As in [`JointPipeline`].
             **kwargs:
                 Further arguments of [`MolmoExecutor.from_pretrained`].
 
@@ -123,7 +145,7 @@ class JointPipeline:
                     f"'{controller_path}' has no latency estimator, as the controller was trained on recorded latencies: give "
                     "`latency_estimator_path`."
                 )
-        return cls(controller, executor, read_latency_estimator(latency_estimator_path))
+        return cls(controller, executor, read_latency_estimator(latency_estimator_path), guardrail_quantile)
 
     def __call__(
         self, image: Image.Image, question: str, latency_budget_ms: float, style: str = "vqa2"
@@ -154,7 +176,7 @@ class JointPipeline:
         # A name of its own: the executor keeps encoded images under it.
         sample_id = f"request-{next(self._numbers)}"
         request = ExecutorRequest(sample_id, image, question, style, self.executor.knob_space.cheapest)
-        setting = self._choose(request, latency_budget_ms)
+        setting, is_guaranteed = self._choose(request, latency_budget_ms)
         [output] = self.executor.run([replace(request, setting=setting)])
         outcome = Outcome(
             sample_id=output.sample_id,
@@ -167,13 +189,18 @@ class JointPipeline:
             output_tokens=output.output_tokens,
         )
         latency_ms = predict_latency_ms(self.latency_estimator, [outcome]).item()
-        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms)
+        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms, is_guaranteed)
 
-    def _choose(self, request: ExecutorRequest, latency_budget_ms: float) -> KnobSetting:
+    def _choose(self, request: ExecutorRequest, latency_budget_ms: float) -> tuple[KnobSetting, bool | None]:
         config, space = self._controller.controller.config, self.executor.knob_space
+        fits = is_guaranteed = None
+        if self._guardrail is not None:
+            predicted_ms = self._guardrail.predict_latency_ms([request])
+            [fits], [is_guaranteed] = settings_that_fit(predicted_ms, latency_budget_ms)
+            is_guaranteed = is_guaranteed.item()
         question = self.executor.question_features([request.question]) if config.sees_question else None
-        tier_index = self._controller.choose_tier(question, latency_budget_ms)
+        tier_index = self._controller.choose_tier(question, latency_budget_ms, fits)
         tier = space.values["tier"][tier_index]
         # Encoded here, the image is found again when the request is answered.
         vision = self.executor.vision_features([request], tier) if config.sees_image else None
-        return space.setting((tier_index, *self._controller.choose_depth(vision)))
+        return space.setting((tier_index, *self._controller.choose_depth(vision))), is_guaranteed

@@ -60,3 +60,55 @@ def test_what_cannot_be_answered_is_refused(controller_path, tmp_path):
         pipeline(image, " ", latency_budget_ms=50)
     with pytest.raises(FileNotFoundError, match="is not the folder of a controller"):
         JointPipeline.from_pretrained(tmp_path / "missing")
+
+
+def test_guardrail_takes_the_likeliest_setting_that_is_predicted_to_fit(controller_path):
+    """Against the latency of every setting, predicted one by one from what the executor encodes."""
+    pipeline = JointPipeline.from_pretrained(controller_path, max_new_tokens=2, guardrail_quantile=0.95)
+    executor = pipeline.executor
+    row = load_vqa_dataset("easy_vqa", "test", max_samples=1)[0]
+
+    def predicted_ms(setting):
+        request = ExecutorRequest("brute-force", row["image"], row["question"], "vqa2", setting)
+        [encoded] = executor.encode([request], setting.tier)
+        text_tokens = len(encoded.input_ids) - encoded.vision_tokens
+        counts = [encoded.num_views], [encoded.vision_tokens], [text_tokens], [2]
+        return pipeline.latency_estimator.predict_latency_ms([setting], *counts, quantile=0.95).item()
+
+    latencies = {setting: predicted_ms(setting) for setting in executor.knob_space}
+    wanted = KnobSetting("medium", 8, 8)
+    cheapest, full = latencies[executor.knob_space.cheapest], latencies[executor.knob_space.full]
+    chosen = set()
+    for budget in (
+        full,
+        latencies[wanted],
+        0.97 * latencies[wanted],
+        0.7 * latencies[wanted],
+        1.2 * cheapest,
+        cheapest,
+    ):
+        fits = [setting for setting, latency_ms in latencies.items() if latency_ms <= budget]
+        # Stage 1: medium if anything of it fits. Stage 2: of 8 experts and 8 blocks, as many as fit; the heads' other
+        # logits are alike, so that of two settings that keep one of the two, the first is taken.
+        tier = "medium" if any(setting.tier == "medium" for setting in fits) else "low"
+        likeliest = max(
+            (setting for setting in fits if setting.tier == tier),
+            key=lambda setting: (setting.top_k == 8) + (setting.num_blocks == 8),
+        )
+        found = pipeline(row["image"], row["question"], latency_budget_ms=budget)
+        assert found.is_guaranteed is True and found.setting == likeliest and found.latency_ms <= budget
+        chosen.add(found.setting)
+    assert len(chosen) > 3 and wanted in chosen
+    assert {setting.tier for setting in chosen} == {"low", "medium"}
+    # Nothing fits: the cheapest setting, and the answer says so.
+    found = pipeline(row["image"], row["question"], latency_budget_ms=0.99 * cheapest)
+    assert found.is_guaranteed is False and found.setting == executor.knob_space.cheapest
+    controller = JointControllerModel.from_pretrained(controller_path)
+    without = JointPipeline(controller, executor, pipeline.latency_estimator)
+    found = without(row["image"], row["question"], latency_budget_ms=cheapest)
+    assert found.is_guaranteed is None and found.setting == wanted
+
+
+def test_a_guardrail_that_cannot_promise_is_refused(controller_path):
+    with pytest.raises(ValueError, match="has no quantile 0.5 of 'total'"):
+        JointPipeline.from_pretrained(controller_path, guardrail_quantile=0.5)

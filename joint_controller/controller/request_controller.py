@@ -1,5 +1,6 @@
 """The controller for one request at a time, as in serving: what it takes adds to every answer."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,51 @@ from .modeling_joint_controller import JointControllerModel
 
 NUM_WARM_UPS = 3
 """Calls of a stage before it is captured, in which CUDA libraries allocate what they need."""
+
+
+def likeliest_tier(tier_logits: torch.Tensor, fits: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The likeliest decision of stage 1.
+
+    Args:
+        tier_logits (`torch.Tensor` of shape `(n, tiers)`):
+            What stage 1 gives.
+        fits (`torch.BoolTensor` of shape `(n, tiers, top_k values, num_blocks values)`, *optional*):
+            Settings to choose from, at least one for each request: tiers without any are out. By default all.
+
+    Returns:
+        `torch.LongTensor` of shape `(n,)`: positions in the knob space.
+    """
+    if fits is not None:
+        tier_logits = tier_logits.masked_fill(~fits.flatten(2).any(dim=-1), -math.inf)
+    return tier_logits.argmax(dim=-1)
+
+
+def likeliest_depth(
+    top_k_logits: torch.Tensor, num_blocks_logits: torch.Tensor, fits: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The likeliest decisions of stage 2, taken together: some pairs may be out while each of their values is in others.
+
+    Args:
+        top_k_logits (`torch.Tensor` of shape `(n, top_k values)`):
+            What stage 2 gives.
+        num_blocks_logits (`torch.Tensor` of shape `(n, num_blocks values)`):
+            What stage 2 gives.
+        fits (`torch.BoolTensor` of shape `(n, top_k values, num_blocks values)`, *optional*):
+            Pairs to choose from, at least one for each request. By default all.
+
+    Returns:
+        `torch.LongTensor` of shape `(n, 2)`: positions of top_k and num_blocks in the knob space.
+    """
+    # The two are independent: the logarithm of a pair's probability is the sum of its logits and a constant. In float64,
+    # whose rounding makes no ties, so that the likeliest of all pairs is that of the likeliest values.
+    pairs = top_k_logits.double()[:, :, None] + num_blocks_logits.double()[:, None, :]
+    if fits is not None:
+        pairs = pairs.masked_fill(~fits, -math.inf)
+    best = pairs.flatten(1).argmax(dim=-1)
+    num_values = num_blocks_logits.shape[-1]
+    return torch.stack([best // num_values, best % num_values], dim=-1)
 
 
 class RequestController:
@@ -37,12 +83,15 @@ class RequestController:
         self._vision = torch.zeros(1, controller.config.vision_size, **place)
         self._budget_ms = torch.full((1,), controller.config.latency_budget_max_ms, **place)
         self._tier_index = torch.zeros(1, dtype=torch.long, **place)
-        self._depth = torch.zeros(2, dtype=torch.long, **place)
+        self._depth = torch.zeros(1, 2, dtype=torch.long, **place)
+        self._fits = torch.ones(controller.knob_space.sizes, dtype=torch.bool, **place)
         is_on_gpu = controller.device.type == "cuda"
         self._run_stage1 = self._captured(self._stage1) if is_on_gpu else self._stage1
         self._run_stage2 = self._captured(self._stage2) if is_on_gpu else self._stage2
 
-    def choose_tier(self, question_features: torch.Tensor | None, latency_budget_ms: float) -> int:
+    def choose_tier(
+        self, question_features: torch.Tensor | None, latency_budget_ms: float, fits: torch.Tensor | None = None
+    ) -> int:
         """
         Stage 1 of a request.
 
@@ -51,6 +100,9 @@ class RequestController:
                 Mean of the executor's embeddings of the question's tokens. `None` for a controller that does not see it.
             latency_budget_ms (`float`):
                 Budget in ms.
+            fits (`torch.BoolTensor` of shape `(tiers, top_k values, num_blocks values)`, *optional*):
+                Settings to choose from in both stages, at least one, on the CPU, see [`~latency.Guardrail`]. By default
+                all.
 
         Returns:
             `int`: Position of the tier in the knob space.
@@ -59,6 +111,11 @@ class RequestController:
             if question_features is not None:
                 self._question.copy_(question_features)
             self._budget_ms.fill_(latency_budget_ms)
+            if fits is None:
+                self._fits.fill_(True)
+            else:
+                # Copies from ordinary memory are safe without waiting.
+                self._fits.copy_(fits, non_blocking=True)
             self._run_stage1()
             return self._tier_index.item()
 
@@ -78,14 +135,15 @@ class RequestController:
             if vision_features is not None:
                 self._vision.copy_(vision_features)
             self._run_stage2()
-            return tuple(self._depth.tolist())
+            return tuple(self._depth[0].tolist())
 
     def _stage1(self) -> None:
-        self._tier_index.copy_(self.controller.stage1(self._question, self._budget_ms).argmax(dim=-1))
+        logits = self.controller.stage1(self._question, self._budget_ms)
+        self._tier_index.copy_(likeliest_tier(logits, self._fits[None]))
 
     def _stage2(self) -> None:
         logits = self.controller.stage2(self._vision, self._question, self._budget_ms, self._tier_index)
-        self._depth.copy_(torch.cat([knob.argmax(dim=-1) for knob in logits]))
+        self._depth.copy_(likeliest_depth(*logits, self._fits[self._tier_index]))
 
     @torch.inference_mode()
     def _captured(self, stage: Callable[[], None]) -> Callable[[], None]:

@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
 from .fit_report import format_model_card, plot_fit, report_errors
 from .fitting import cross_validate, fit_latency_estimator
+from .guardrail import Guardrail, settings_that_fit
 from .loading import read_latency_estimator
 from .modeling_latency_estimator import LatencyEstimatorModel, LatencyEstimatorOutput
 from .modeling_original_estimator import OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel
@@ -22,6 +23,7 @@ AutoConfig.register(OriginalLatencyEstimatorConfig.model_type, OriginalLatencyEs
 AutoModel.register(OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel)
 
 __all__ = [
+    "Guardrail",
     "LatencyEstimatorConfig",
     "LatencyEstimatorModel",
     "LatencyEstimatorOutput",
@@ -45,6 +47,7 @@ __all__ = [
     "repeatability",
     "report_errors",
     "save_profile",
+    "settings_that_fit",
     "shipped_latency_estimators",
     "write_profile_report",
 ]

@@ -156,9 +156,8 @@ def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch
         z = _weighted_sum(group[:, :-1].unbind(1), inputs)
         for _ in range(3):
             z = z * z
-        # Written so that each operation is monotone after rounding, too.
-        for step in group[:, -1] * (1 - 1 / (1 + z)):
-            total = total + step
+        # Written so that each operation is monotone after rounding, too; a plain sum may add up in another order elsewhere.
+        total = total + (group[:, -1] * (1 - 1 / (1 + z))).cumsum(0)[-1]
     return total
 
 
@@ -261,14 +260,9 @@ class LatencyEstimatorModel(PreTrainedModel):
             context, top_k, num_blocks = torch.broadcast_tensors(context, top_k, num_blocks)
             decode_ms = _weighted_sum(self.decode_coefficients, decode_features(context, top_k, num_blocks))
             decode_ms = decode_ms * learned_factor(self.decode_units, decode_inputs(context, top_k, num_blocks))
-        prefill_ms = vision_ms + llm_prefill_ms
-        shape = torch.broadcast_shapes(prefill_ms.shape, decode_ms.shape)
-        return LatencyEstimatorOutput(
-            prefill_ms=prefill_ms.expand(shape),
-            decode_ms_per_token=decode_ms.expand(shape),
-            vision_ms=vision_ms.expand(shape),
-            llm_prefill_ms=llm_prefill_ms.expand(shape),
-        )
+        stages = torch.broadcast_tensors(vision_ms + llm_prefill_ms, decode_ms, vision_ms, llm_prefill_ms)
+        names = ("prefill_ms", "decode_ms_per_token", "vision_ms", "llm_prefill_ms")
+        return LatencyEstimatorOutput(**dict(zip(names, stages, strict=True)))
 
     @property
     def num_experts(self) -> int:

@@ -1,0 +1,112 @@
+"""The guardrail against the latency of every setting, predicted one by one from what the executor encodes."""
+
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from joint_controller import KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel
+from joint_controller.executor import ExecutorRequest, MolmoExecutor
+from joint_controller.latency import Guardrail, OriginalLatencyEstimatorModel, executor_shape, settings_that_fit
+from joint_controller.latency.modeling_original_estimator import OriginalLatencyEstimatorConfig
+
+
+SPACE = KnobSpace({"low": (1, 2), "medium": (3, 5), "high": (6, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
+QUANTILES = {"0.9": 1.1, "0.95": 1.25, "0.99": 1.5}
+
+
+@pytest.fixture(scope="module")
+def executor(tiny_molmo, tiny_processor):
+    return MolmoExecutor(tiny_molmo, tiny_processor, knob_space=SPACE, max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def estimator(executor):
+    config = LatencyEstimatorConfig(
+        formula_version=2,
+        fitted_knobs={name: list(values) for name, values in SPACE.values.items()},
+        upper_quantiles={"total": QUANTILES},
+        executor_shape=executor_shape(executor.model.config),
+    )
+    model = LatencyEstimatorModel(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.rand(parameter.shape, generator=generator) / 10)
+    return model
+
+
+def make_requests():
+    requests = []
+    sizes = [(64, 64), (31, 200), (300, 40), (1, 1), (90, 61)]
+    for number, size in enumerate(sizes):
+        question = "what color is the star? " * (1 + number)
+        requests.append(ExecutorRequest(f"made/{number}", Image.new("RGB", size), question, "vqa2", SPACE.full))
+    # An image that lies on its side, as cameras write them, and one that is only read when it is needed.
+    sideways = Image.new("RGB", (300, 40))
+    sideways.getexif()[0x0112] = 6
+    requests.append(ExecutorRequest("made/sideways", sideways, "is it red?", "vqa2", SPACE.full))
+    requests.append(ExecutorRequest("made/late", lambda: Image.new("RGB", (40, 300)), "is it?", "style", SPACE.full))
+    return requests
+
+
+@pytest.mark.parametrize("quantile", [0.9, 0.95])
+def test_latencies_are_those_of_every_setting_of_the_encoded_request(executor, estimator, quantile):
+    requests = make_requests()
+    found = Guardrail(estimator, executor, quantile).predict_latency_ms(requests)
+    assert found.shape == (len(requests), *SPACE.sizes)
+    for row, request in enumerate(requests):
+        for setting in SPACE:
+            [encoded] = executor.encode([request], setting.tier)
+            text_tokens = len(encoded.input_ids) - encoded.vision_tokens
+            typical = estimator.predict_latency_ms(
+                [setting], [encoded.num_views], [encoded.vision_tokens], [text_tokens], [executor.max_new_tokens]
+            )
+            assert found[row][SPACE.indices(setting)].item() == pytest.approx(
+                QUANTILES[str(quantile)] * typical.item(), rel=1e-6
+            )
+    # The sideways image is tiled like the upright one, not like its pixels lie.
+    assert found[5, -1, 0, 0] != found[2, -1, 0, 0]
+
+
+def test_what_fits_is_what_is_predicted_below_the_budget(executor, estimator):
+    latency_ms = Guardrail(estimator, executor).predict_latency_ms(make_requests())
+    budget = latency_ms[0].median().item()
+    fits, is_guaranteed = settings_that_fit(latency_ms, budget)
+    for row, mask in enumerate(fits):
+        for setting in SPACE:
+            assert mask[SPACE.indices(setting)] == (latency_ms[row][SPACE.indices(setting)] <= budget)
+    assert is_guaranteed.all() and 0 < fits.double().mean() < 1
+    # A budget that not even the cheapest setting of some requests keeps.
+    cheapest = latency_ms[:, 0, 0, 0]
+    assert (cheapest == latency_ms.flatten(1).amin(1)).all()
+    fits, is_guaranteed = settings_that_fit(latency_ms, cheapest.median().item())
+    assert is_guaranteed.tolist() == (cheapest <= cheapest.median()).tolist() and not is_guaranteed.all()
+    for mask in fits[~is_guaranteed]:
+        assert mask.nonzero().tolist() == [[0, 0, 0]]
+
+
+def test_one_request_takes_no_time(executor, estimator):
+    """Less than a millisecond, at the fastest: other processes may share the core."""
+    guardrail, request = Guardrail(estimator, executor), make_requests()[:1]
+    seconds = []
+    for _ in range(100):
+        started = time.perf_counter()
+        settings_that_fit(guardrail.predict_latency_ms(request), 10.0)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.001
+
+
+def test_estimators_that_cannot_promise_are_refused(executor, estimator):
+    with pytest.raises(ValueError, match=r"no quantile 0.8 of 'total' \(it has \['0.9', '0.95', '0.99'\]\)"):
+        Guardrail(estimator, executor, 0.8)
+    config = LatencyEstimatorConfig(
+        **{**estimator.config.to_dict(), "fitted_knobs": {"top_k": [1, 2], "num_blocks": [2, 4]}}
+    )
+    narrow = LatencyEstimatorModel(config)
+    narrow.load_state_dict(estimator.state_dict())
+    with pytest.raises(ValueError, match="knob `top_k` is 4 but the latency estimator was fitted on 1 to 2"):
+        Guardrail(narrow, executor)
+    original = OriginalLatencyEstimatorModel(OriginalLatencyEstimatorConfig())
+    with pytest.raises(ValueError, match="upper quantiles, which the original latency estimators do not predict"):
+        Guardrail(original, executor)
