@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..controller import JointControllerModel
+from ..controller import JointControllerModel, likeliest_depth, likeliest_tier
 from ..executor import ExecutorRequest, MolmoExecutor
 from ..knobs import KnobSetting, KnobSpace
+from ..latency import Guardrail, settings_that_fit
 
 
 class Policy(Protocol):
@@ -38,14 +39,22 @@ class ControllerPolicy:
             Gives the features of questions and images. `None` for a controller that sees the budget alone.
         name (`str`, *optional*, defaults to `"controller"`):
             Name in tables.
+        guardrail ([`~latency.Guardrail`], *optional*):
+            Leaves only settings that are predicted to fit the budget. By default, all can be chosen.
     """
 
     def __init__(
-        self, controller: JointControllerModel, feature_source: MolmoExecutor | None, name: str = "controller"
+        self,
+        controller: JointControllerModel,
+        feature_source: MolmoExecutor | None,
+        name: str = "controller",
+        guardrail: Guardrail | None = None,
     ):
         self.controller = controller.eval()
         self.feature_source = feature_source
         self.name = name
+        self.guardrail = guardrail
+        self._predicted_ms: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
@@ -55,12 +64,23 @@ class ControllerPolicy:
         questions = vision = torch.empty(len(samples), 0, device=device)
         if config.sees_question:
             questions = self.feature_source.question_features([sample["question"] for sample in samples]).to(device)
-        tier_index = self.controller.stage1(questions, budgets).argmax(dim=-1)
+        fits = None if self.guardrail is None else self._fits(samples, latency_budget_ms).to(device)
+        tier_index = likeliest_tier(self.controller.stage1(questions, budgets), fits)
         if config.sees_image:
             vision = self._vision_features(samples, tier_index)
-        top_k_logits, num_blocks_logits = self.controller.stage2(vision, questions, budgets, tier_index)
-        choices = torch.stack([tier_index, top_k_logits.argmax(dim=-1), num_blocks_logits.argmax(dim=-1)], dim=1)
+        logits = self.controller.stage2(vision, questions, budgets, tier_index)
+        fits_at_tier = None if fits is None else fits[torch.arange(len(samples), device=device), tier_index]
+        choices = torch.cat([tier_index[:, None], likeliest_depth(*logits, fits_at_tier)], dim=1)
         return [space.setting(indices) for indices in choices.tolist()]
+
+    def _fits(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> torch.Tensor:
+        # Samples are asked for under one budget after the other: their images are opened once.
+        new = {sample["sample_id"]: sample for sample in samples if sample["sample_id"] not in self._predicted_ms}
+        if new:
+            requests = [ExecutorRequest.of(sample, self.controller.knob_space.cheapest) for sample in new.values()]
+            self._predicted_ms.update(zip(new, self.guardrail.predict_latency_ms(requests), strict=True))
+        predicted_ms = torch.stack([self._predicted_ms[sample["sample_id"]] for sample in samples])
+        return settings_that_fit(predicted_ms, latency_budget_ms)[0]
 
     def _vision_features(self, samples: Sequence[Mapping[str, Any]], tier_index: torch.Tensor) -> torch.Tensor:
         space = self.controller.knob_space

@@ -42,6 +42,14 @@ class SweepArguments(ExecutorArguments, DatasetArguments):
         default_factory=lambda: [0.35, 0.5, 0.7, 0.85, 1.0],
         metadata={"help": "Budgets as fractions of the full setting's latency, where none are given in ms."},
     )
+    guardrail_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate the controller with the guardrail, too (policy `guarded`): it then chooses among the settings "
+            "whose latency is predicted to stay below the budget on this share of requests (0.9, 0.95 or 0.99), with an "
+            "answer of `max_new_tokens`."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the samples and of the random settings."})
 
 
@@ -59,6 +67,7 @@ def main(args: SweepArguments):
         sweep_budgets,
         sweep_to_dataset,
     )
+    from ..latency import Guardrail
     from ..outcomes import OutcomeCollector, OutcomeStore, predict_latency_ms
 
     for name in ("controller_path", "output_dir"):
@@ -80,6 +89,10 @@ def main(args: SweepArguments):
     args.top_k_values, args.num_blocks_values = list(space.top_k), list(space.num_blocks)
     executor = load_executor(args)
     latency_estimator = load_latency_estimator(args, executor)
+    controllers = [ControllerPolicy(controller.to(executor.device), executor)]
+    if args.guardrail_quantile is not None:
+        guardrail = Guardrail(latency_estimator, executor, args.guardrail_quantile)
+        controllers.append(ControllerPolicy(controller, executor, "guarded", guardrail))
     skipped_rows = open_skipped_rows(args, args.output_dir)
     samples = read_samples(load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows))
     train_samples = read_samples(load_split(args, "train", args.max_static_samples, args.seed, skipped_rows))
@@ -99,7 +112,7 @@ def main(args: SweepArguments):
         seed=args.seed,
         progress=True,
     )
-    policies = [ControllerPolicy(controller.to(executor.device), executor), *baselines]
+    policies = [*controllers, *baselines]
     rows = sweep_budgets(policies, collector, latency_estimator, samples, fractions, full_setting_ms, progress=True)
     sweep_to_dataset(rows).to_parquet(output_file)
     console = Console()

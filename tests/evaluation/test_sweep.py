@@ -23,6 +23,7 @@ from joint_controller.evaluation.sweep import (
     sweep_to_dataset,
 )
 from joint_controller.executor import MolmoExecutor
+from joint_controller.latency import Guardrail
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 
 
@@ -67,7 +68,9 @@ def collector(executor):
 def latency_estimator():
     """1 ms a view, 1 ms a block, 1 ms a block and expert."""
     model = LatencyEstimatorModel(
-        LatencyEstimatorConfig(fitted_knobs={name: list(v) for name, v in SPACE.values.items()})
+        LatencyEstimatorConfig(
+            fitted_knobs={name: list(v) for name, v in SPACE.values.items()}, upper_quantiles={"total": {"0.95": 1.5}}
+        )
     )
     model.vision_coefficients.data[1] = 1.0
     model.llm_prefill_coefficients.data[1] = 1.0
@@ -159,6 +162,34 @@ def test_controller_policy_takes_the_argmax_of_both_stages(executor, controller,
     controller.stage2.top_k_head.bias.data[0] = 1.0
     controller.stage2.num_blocks_head.bias.data[1] = 1.0
     assert set(ControllerPolicy(controller, executor).choose(samples, 20.0)) == {KnobSetting("high", 1, 4)}
+
+
+def test_guardrail_keeps_a_controller_within_what_fits(
+    executor, controller, collector, latency_estimator, samples, monkeypatch
+):
+    """The wanted setting is (high, 1, 4): 10 + 4 + 4 (3 - 1) = 22 ms with three output tokens, half as much again at p95."""
+    controller.stage1.tier_head.bias.data[1] = 1.0
+    controller.stage2.top_k_head.bias.data[0] = 1.0
+    controller.stage2.num_blocks_head.bias.data[1] = 1.0
+    guarded = ControllerPolicy(controller, executor, "guarded", Guardrail(latency_estimator, executor, 0.95))
+    calls = []
+    predict = Guardrail.predict_latency_ms
+    monkeypatch.setattr(Guardrail, "predict_latency_ms", lambda self, rows: calls.extend(rows) or predict(self, rows))
+    expected = {
+        33.0: KnobSetting("high", 1, 4),
+        32.9: KnobSetting("high", 1, 2),  # 10 + 2 + 2 * 2 = 16
+        24.0: KnobSetting("high", 1, 2),
+        23.9: KnobSetting("low", 1, 4),  # 2 + 4 + 4 * 2 = 14
+        20.9: KnobSetting("low", 1, 2),  # 2 + 2 + 2 * 2 = 8
+        11.9: KnobSetting("low", 1, 2),  # nothing fits
+    }
+    for budget, setting in expected.items():
+        assert set(guarded.choose(samples, budget)) == {setting}
+    assert len(calls) == len(samples)  # once, whatever the budgets
+    policies = [ControllerPolicy(controller, executor), guarded]
+    rows = sweep_budgets(policies, collector, latency_estimator, samples, [1.0], full_setting_ms=20.9)
+    assert [row.policy for row in rows] == ["controller", "guarded"]
+    assert rows[0].budget_violation_rate > 0 == rows[1].budget_violation_rate
 
 
 def test_tables_hold_every_row(collector, latency_estimator, samples):

@@ -44,10 +44,14 @@ def test_sweep(trained, tmp_path, capsys):
     recipe = str(RECIPES / "easy_vqa" / "sweep.yaml")
     assert main(["sweep", "--config", recipe, *map(str, flags)]) == 0
     sweep = Dataset.from_parquet(str(tmp_path / "sweep.parquet"))
-    assert len(sweep) == 8 * 4 and set(sweep["num_samples"]) == {4}
+    assert len(sweep) == 8 * 5 and set(sweep["num_samples"]) == {4}
+    assert sweep["policy"][:5] == ["controller", "guarded", "best static", "full", "random"]
     assert "best static" in capsys.readouterr().out
     assert main(["sweep", "--config", recipe, *map(str, flags)]) == 2
     assert "exists already" in capsys.readouterr().err
+    flags[-5:-4] = [tmp_path / "another"]
+    assert main(["sweep", "--config", recipe, *map(str, flags), "--guardrail_quantile", "0.5"]) == 2
+    assert "has no quantile 0.5 of 'total'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sweep_without_a_controller_is_refused(capsys, tmp_path):
