@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "fit-latency": (
         "fit a latency estimator to profiled times",
-        "--profile_path outputs/profile --output_dir outputs/latency",
+        "--profile outputs/profile --output_dir outputs/latency",
     ),
     "import-results": (
         "import results of the original profiling scripts: outcomes and times to learn from",

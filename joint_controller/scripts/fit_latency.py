@@ -2,7 +2,7 @@
 Fits a latency estimator to a profile, or adapts one to it that was fitted on other hardware.
 
 ```bash
-joint-controller fit-latency --profile_path outputs/profile --output_dir outputs/latency
+joint-controller fit-latency --profile outputs/profile --output_dir outputs/latency
 ```
 """
 
@@ -26,7 +26,7 @@ class FitLatencyArguments:
     Arguments of `joint-controller fit-latency`.
     """
 
-    profile_path: str = field(
+    profile: str = field(
         metadata={"help": "Profile to fit to: the folder that `joint-controller profile` wrote, or its Parquet file."}
     )
     output_dir: str = field(
@@ -66,7 +66,7 @@ def main(args: FitLatencyArguments):
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
         raise ValueError(f"`output_dir` '{output_dir}' is a file: name a folder.")
-    profile = load_profile(args.profile_path)
+    profile = load_profile(args.profile)
     if args.base_estimator is None:
         held_out = cross_validate(profile, args.num_folds, args.seed, args.num_units)
         model, report = fit_latency_estimator(profile, held_out=held_out, num_units=args.num_units)

@@ -4,7 +4,7 @@ profile that a latency estimator can be fitted to.
 
 ```bash
 joint-controller import-results --results_dir profiling_results --output_dir outputs/recorded
-joint-controller fit-latency --profile_path outputs/recorded --output_dir outputs/latency
+joint-controller fit-latency --profile outputs/recorded --output_dir outputs/latency
 joint-controller train --results_dir outputs/recorded --device cpu --output_dir outputs/controller
 ```
 """

@@ -97,7 +97,7 @@ def test_the_latency_estimator_is_fitted_to_an_import(tmp_path, tiny_molmo_confi
     for name, flags in (("unknown", []), ("known", ["--model_path", str(tmp_path / "model")])):
         assert import_folder(tmp_path / "results", tmp_path / name, *flags) == 0
         argv = [
-            "--profile_path",
+            "--profile",
             str(tmp_path / name),
             "--output_dir",
             str(tmp_path / f"latency_{name}"),

@@ -42,7 +42,7 @@ def profile_folder(executor_folder, tmp_path_factory):
 
 
 def run_fit(profile_folder, output_dir, *flags):
-    flags = ["--profile_path", profile_folder, "--output_dir", output_dir, "--num_units", 4, *flags]
+    flags = ["--profile", profile_folder, "--output_dir", output_dir, "--num_units", 4, *flags]
     return run_script("fit-latency", fit_latency.make_parser, fit_latency.main, [str(flag) for flag in flags])
 
 

@@ -71,7 +71,7 @@ def test_profile_and_fit_latency(tmp_path, name):
     assert (tmp_path / "profile" / "knobs.png").exists()
     assert (tmp_path / "profile" / "repeat" / "profile.parquet").exists() == (name == "molmoe_1b")
     flags = [
-        "--profile_path",
+        "--profile",
         str(tmp_path / "profile"),
         "--output_dir",
         str(tmp_path / "latency"),
