@@ -181,7 +181,7 @@ def main(args: BenchExecutorArguments):
         console.print(format_grid(results["grid"]))
     if args.num_agreement:
         requests = bench.maker.mixed(args.num_agreement, 100, "agreement")
-        results["agreement"] = measure_agreement(executor, stock, requests, args.max_new_tokens, args.seed)
+        results["agreement"] = measure_agreement(executor, stock, requests, args.seed)
         _write(results, args.json)
         console.print(format_agreement(results["agreement"]))
     if args.num_memory:

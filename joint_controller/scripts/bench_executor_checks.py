@@ -59,12 +59,12 @@ class Comparison:
 
     def add(self, tokens: Sequence[int], others: Sequence[int], scores: "torch.Tensor") -> None:
         """
-        Compares the tokens of one answer, as far as they go. Behind the first difference the other way would have gone on
-        otherwise, so that nothing more is compared.
+        Compares the tokens of one answer. Behind the first difference the other way would have gone on otherwise, so that
+        nothing more is compared.
 
         Args:
             tokens, others (`Sequence[int]`):
-                Tokens of this way, and at least as many of the other one.
+                Tokens of this way and of the other one. Neither ends before a difference unless both do.
             scores (`torch.Tensor` of shape `(n, vocab_size)`):
                 What the other way chose by.
         """
@@ -109,7 +109,6 @@ def measure_agreement(
     executor: "MolmoExecutor",
     stock: "MolmoExecutor",
     requests: Sequence["ExecutorRequest"],
-    num_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
     """
@@ -123,9 +122,7 @@ def measure_agreement(
         stock ([`MolmoExecutor`]):
             The same model in the mode `"plain"`.
         requests (`Sequence[ExecutorRequest]`):
-            Requests, with at least as many tokens to an answer as `num_tokens`.
-        num_tokens (`int`):
-            Tokens that are compared, whether or not the answer ends before.
+            Requests, whose answers are compared up to their ends.
         seed (`int`):
             Seed of the batches.
 
@@ -142,7 +139,7 @@ def measure_agreement(
     for request, in_batch in zip(
         tqdm(requests, desc="Comparing answers", unit="request", disable=None), answers, strict=True
     ):
-        tokens, logits = _tokens_and_logits(executor, request, num_tokens)
+        tokens, logits = _tokens_and_logits(executor, request)
         grouped, eager = _stock_logits(stock, request, tokens)
         expected = grouped.argmax(dim=-1).tolist()
         alone.add(tokens, expected, grouped)
@@ -159,21 +156,19 @@ def measure_agreement(
     }
 
 
-def _tokens_and_logits(
-    executor: "MolmoExecutor", request: "ExecutorRequest", num_tokens: int
-) -> tuple[list[int], "torch.Tensor"]:
+def _tokens_and_logits(executor: "MolmoExecutor", request: "ExecutorRequest") -> tuple[list[int], "torch.Tensor"]:
+    """The tokens of an answer, and what they were chosen by."""
     import torch
 
     encoded = executor.encode([request], request.setting.tier)
     blocks = executor.active_blocks(request.setting.num_blocks, request.sample_id)
     decoding = executor.start(encoded, request.setting.top_k, blocks)
-    tokens, logits = [], []
-    for step in range(num_tokens):
-        if step:
-            with torch.inference_mode():
-                decoding.step()
-        logits.append(decoding.logits[0].float().clone())
+    tokens, logits = [decoding.tokens.item()], [decoding.logits[0].float().clone()]
+    while tokens[-1] != executor.processor.tokenizer.eos_token_id and len(tokens) < executor.max_new_tokens:
+        with torch.inference_mode():
+            decoding.step()
         tokens.append(decoding.tokens.item())
+        logits.append(decoding.logits[0].float().clone())
     return tokens, torch.stack(logits)
 
 
@@ -190,7 +185,7 @@ def _stock_logits(
     usual = config._experts_implementation
     with torch.inference_mode():
         [encoded] = stock.encode([request], request.setting.tier)
-        ids = torch.cat([encoded.input_ids, torch.tensor(tokens[:-1], device=stock.device)])
+        ids = torch.cat([encoded.input_ids, torch.tensor(tokens[:-1], dtype=torch.long, device=stock.device)])
         logits = []
         for implementation in ("grouped_mm", "eager"):
             # `set_experts_implementation` does not reach the language model's configuration.

@@ -28,7 +28,7 @@ def test_answers_differ_by_a_near_tie_or_by_more():
     scores = torch.tensor([[0.0, 8.0, 7.75, 7.0], [4.0, 0.0, 1.0, 2.0]])
     comparison = Comparison(step=2**-6)  # 2 steps of 8 are 0.25
     comparison.add([1, 0], [1, 0], scores)
-    comparison.add([1], [1, 0], scores)  # ended earlier: the same as far as it goes
+    comparison.add([1], [1], scores[:1])
     comparison.add([2, 3], [1, 0], scores)  # a near tie; what comes behind it does not count
     comparison.add([3, 0], [1, 0], scores)
     assert comparison.summary() == {
