@@ -76,7 +76,13 @@ class BenchTrainingArguments:
         metadata={"help": "Most requests that the executor answers together. Default: 64 on a GPU, 16 on a CPU."},
     )
     num_workers: int = field(default=2, metadata={"help": "Batches that are answered at the same time (CPU)."})
-    num_threads: int = field(default=1, metadata={"help": "Threads that share one operation on the CPU."})
+    num_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Threads that share one operation on the CPU. Default: 1 where the executor is on the CPU, else torch's: "
+            "they cut images."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the questions and of the run."})
     json: str | None = field(default=None, metadata={"help": "File to write the results to, too."})
 
@@ -99,6 +105,7 @@ def main(args: BenchTrainingArguments):
         num_stock_questions=args.num_stock_questions or (2 if is_cuda else args.num_questions),
         max_new_tokens=args.max_new_tokens or (2 if model_path == "embedded" else 8),
         batch_size=args.batch_size or (64 if is_cuda else 16),
+        num_threads=args.num_threads or (torch.get_num_threads() if is_cuda else 1),
     )
     num_threads = torch.get_num_threads()
     torch.set_num_threads(args.num_threads)
