@@ -228,6 +228,7 @@ def _train(
     the executor was asked for in them.
     """
     import torch
+    from transformers import PrinterCallback
 
     from ..controller import JointControllerConfig, JointControllerModel
     from ..evaluation.scoring import score_answer
@@ -253,7 +254,7 @@ def _train(
             disable_tqdm=True,
             use_cpu=executor.device.type == "cpu",
         )
-        # Answers some samples, which what follows is not timed with: first uses are behind the executor then.
+        # Answers some of the samples, in no time that counts: first uses are behind the executor then.
         budgets = resolve_latency_budgets(training_args, collector, latency_estimator, dataset)
         torch.manual_seed(args.seed)
         controller = JointControllerModel(
@@ -272,6 +273,7 @@ def _train(
             args=training_args,
             train_dataset=dataset,
         )
+        trainer.remove_callback(PrinterCallback)  # it logs at the end, whatever the strategy
         num_before = collector.num_executed
         started = time.perf_counter()
         trainer.train()
