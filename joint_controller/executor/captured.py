@@ -170,6 +170,7 @@ class CapturedInference:
     """
 
     mixes_settings = True
+    pads_prompts = True
 
     def __init__(self, model: MolmoForConditionalGeneration, graph_bytes: int = 2 * 2**30):
         if model.device.type != "cuda":

@@ -8,6 +8,8 @@ together, and the modules' own bookkeeping, which outweighs the arithmetic of a 
 end to end, so that padding costs nothing and no prompt sees another.
 """
 
+import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +29,9 @@ MIN_PACKED_MACS = 1_000_000
 MAX_GROUPED_ROWS = 1024
 """Rows of experts that are computed together: of 192 values each, less than a megabyte."""
 
+CACHE_ROOM = 16
+"""Positions that a cache has more than it needs, so that not every step copies it."""
+
 QUICK_GELU = 1.702
 """Factor of CLIP's activation."""
 
@@ -42,49 +47,35 @@ class PackedLinear:
             Bias.
         has_silu (`bool`, *optional*, defaults to `False`):
             Whether the output goes through SiLU, which oneDNN applies while it is in the cache.
-        rounds_rows (`bool`, *optional*, defaults to `False`):
-            Whether to fill up the inputs with rows of zeros to one of a few numbers of rows. oneDNN compiles code for each
-            number of rows that it meets and keeps it: where any number occurs, that costs more than the product itself, and
-            hundreds of megabytes.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        has_silu: bool = False,
-        rounds_rows: bool = False,
-    ):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, has_silu: bool = False):
         self.weight = weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach()
         self.has_silu = has_silu
-        self.rounds_rows = rounds_rows
         # The number of rows is a hint only: the layout serves any.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 128)
 
     @classmethod
-    def of(cls, *layers: nn.Linear, rounds_rows: bool = False) -> "PackedLinear":
+    def of(cls, *layers: nn.Linear) -> "PackedLinear":
         """One layer that gives the outputs of several linear modules, one behind the other."""
         biases = [layer.bias for layer in layers]
-        bias = None if biases[0] is None else torch.cat(biases)
-        return cls(torch.cat([layer.weight for layer in layers]), bias, rounds_rows=rounds_rows)
+        return cls(torch.cat([layer.weight for layer in layers]), None if biases[0] is None else torch.cat(biases))
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.numel() * len(self.weight) < MIN_PACKED_MACS:
             outputs = F.linear(inputs, self.weight, self.bias)
             return F.silu(outputs, inplace=True) if self.has_silu else outputs
         activation = "swish" if self.has_silu else "none"
-        num_rows = len(inputs)
-        if self.rounds_rows:
-            inputs = F.pad(inputs, (0, 0, 0, _rounded(num_rows) - num_rows))
-            outputs = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, activation, [], "")
-            return outputs[:num_rows]
         return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, activation, [], "")
 
 
 def _rounded(num_rows: int) -> int:
-    """The next number of rows that code is compiled for."""
-    step = 1 if num_rows <= 128 else 64 if num_rows <= 1024 else 256
+    """
+    Rows that a product should have for at least that many. oneDNN compiles code for each number of rows that it meets and
+    keeps it: where any number occurs, that costs more than the products themselves, and hundreds of megabytes.
+    """
+    step = 1 if num_rows <= 16 else 8 if num_rows <= 256 else 16 if num_rows <= 512 else 64
     return -(-num_rows // step) * step
 
 
@@ -103,6 +94,7 @@ class CpuInference:
 
     prefill_lengths = None
     mixes_settings = True
+    pads_prompts = False
 
     def __init__(self, model: MolmoForConditionalGeneration):
         if not self.supports(model):
@@ -113,8 +105,9 @@ class CpuInference:
         self.model = model
         self.vision = _VisionEncoder(model)
         self.blocks = [_Block(layer) for layer in model.model.language_model.layers]
-        self.norm = model.model.language_model.norm
+        self.norm = _RMSNorm.of(model.model.language_model.norm)
         self.lm_head = PackedLinear(model.lm_head.weight)
+        self._turns = self._make_turns(1024)
 
     @staticmethod
     def supports(model: MolmoForConditionalGeneration) -> bool:
@@ -140,6 +133,18 @@ class CpuInference:
         for number, blocks in zip(top_k, active_blocks, strict=True):
             self.model.model.check_knobs(blocks, number)
         return CpuDecoding(self, prompts, top_k, active_blocks)
+
+    def turns(self, length: int) -> torch.Tensor:
+        """What rotary embeddings multiply pairs of channels by, as complex numbers: `(at least length, d / 2)`."""
+        if len(self._turns) < length:
+            self._turns = self._make_turns(2 * length)
+        return self._turns
+
+    @torch.inference_mode()
+    def _make_turns(self, length: int) -> torch.Tensor:
+        rotary_emb = self.model.model.language_model.rotary_emb
+        cos, sin = rotary_emb(self.norm.weight, torch.arange(length)[None])
+        return torch.complex(*(table[0, :, : table.shape[-1] // 2] for table in (cos, sin)))
 
 
 class _VisionEncoder:
@@ -200,6 +205,31 @@ class _VisionEncoder:
         return self.model.connector.projector.act_fn(gate) * up
 
 
+class _RMSNorm:
+    """
+    An RMS norm in few passes over its input: x · w · √n / √(‖x‖² + n · ε), which is x · w / √(mean(x²) + ε).
+
+    Args:
+        weight (`torch.Tensor` of shape `(n,)` or `(parts, n)`):
+            Weights; inputs have the same last dimensions.
+        epsilon (`float`):
+            What is added to the mean.
+    """
+
+    def __init__(self, weight: torch.Tensor, epsilon: float):
+        size = weight.shape[-1]
+        self.weight = weight.detach() * size**0.5
+        self.epsilon = torch.tensor((size * epsilon) ** 0.5)
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> "_RMSNorm":
+        return cls(norm.weight, norm.variance_epsilon)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        lengths = torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), self.epsilon)
+        return states.div(lengths).mul_(self.weight)
+
+
 class _Block:
     """One block of the language model, on tokens of several prompts laid end to end."""
 
@@ -207,26 +237,53 @@ class _Block:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_size = attention.head_dim
         self.clip_qkv = attention.config.clip_qkv
-        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.qkv = PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj, rounds_rows=True)
-        self.qkv_sizes = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
-        self.out = PackedLinear.of(attention.o_proj, rounds_rows=True)
+        self.input_norm, self.post_norm = (
+            _RMSNorm.of(layer.input_layernorm),
+            _RMSNorm.of(layer.post_attention_layernorm),
+        )
+        # Channels of queries and keys: the two that a rotary embedding turns together beside one another instead of half a
+        # head apart, so that it is one product of complex numbers. Scores are the same in any order.
+        self.sizes = [module.out_features for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        orders = [
+            torch.arange(size).unflatten(0, (-1, 2, self.head_size // 2)).transpose(1, 2).flatten()
+            for size in self.sizes[:2]
+        ]
+        weights = [
+            norm.weight[order] for norm, order in zip((attention.q_norm, attention.k_norm), orders, strict=True)
+        ]
+        epsilon = attention.q_norm.variance_epsilon
+        # One norm for both where they are of one size.
+        is_same_size = self.sizes[0] == self.sizes[1]
+        self.norms = [_RMSNorm(weight, epsilon) for weight in ([torch.stack(weights)] if is_same_size else weights)]
+        qkv = PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        order = torch.cat([orders[0], self.sizes[0] + orders[1], torch.arange(sum(self.sizes[:2]), sum(self.sizes))])
+        self.qkv = PackedLinear(qkv.weight[order], None if qkv.bias is None else qkv.bias[order])
+        self.out = PackedLinear.of(attention.o_proj)
         self.gate = mlp.gate
         self.act_fn = mlp.experts.act_fn
-        self.gate_up = [PackedLinear(weight, rounds_rows=True) for weight in mlp.experts.gate_up_proj]
-        self.down = [PackedLinear(weight, rounds_rows=True) for weight in mlp.experts.down_proj]
+        self.gate_up = [PackedLinear(weight) for weight in mlp.experts.gate_up_proj]
+        self.down = [PackedLinear(weight) for weight in mlp.experts.down_proj]
 
-    def project(
-        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of tokens, `(tokens, heads, d)` each."""
-        query, key, value = self.qkv(_rms_norm(hidden, self.input_norm)).split(self.qkv_sizes, dim=-1)
-        query, key = _rms_norm(query, self.q_norm), _rms_norm(key, self.k_norm)
+    def project(self, hidden: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of tokens, `(tokens, heads, d)` each; `turns` `(tokens, 1, d / 2)` are their positions'."""
+        query_key, value = self.qkv(self.input_norm(hidden)).split([sum(self.sizes[:2]), self.sizes[2]], dim=-1)
+        if len(self.norms) == 1:
+            query_key = self._turned(query_key.unflatten(-1, (2, -1)), self.norms[0], turns)
+            query, key = query_key.chunk(2, dim=1)
+        else:
+            query, key = (
+                self._turned(states, norm, turns)
+                for states, norm in zip(query_key.split(self.sizes[:2], dim=-1), self.norms, strict=True)
+            )
+        value = value if self.clip_qkv is None else value.clamp(-self.clip_qkv, self.clip_qkv)
+        return query, key, value.unflatten(-1, (-1, self.head_size))
+
+    def _turned(self, states: torch.Tensor, norm: _RMSNorm, turns: torch.Tensor) -> torch.Tensor:
+        states = norm(states)
         if self.clip_qkv is not None:
-            query, key, value = (states.clamp(-self.clip_qkv, self.clip_qkv) for states in (query, key, value))
-        query, key, value = (states.unflatten(-1, (-1, self.head_size)) for states in (query, key, value))
-        return _rotate(query, *rotary), _rotate(key, *rotary), value
+            states = states.clamp_(-self.clip_qkv, self.clip_qkv)
+        pairs = torch.view_as_complex(states.view(len(states), -1, self.head_size // 2, 2))
+        return torch.view_as_real(pairs * turns).flatten(-2)
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
         """
@@ -234,55 +291,65 @@ class _Block:
         for each, `(tokens,)`.
         """
         hidden = self.out(attended).add_(hidden)
-        return self._experts(_rms_norm(hidden, self.post_norm), top_k).add_(hidden)
+        return self._add_experts(hidden, self.post_norm(hidden), top_k)
 
-    def _experts(self, hidden: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
-        weights = F.linear(hidden, self.gate.weight).softmax(dim=-1)
+    def _add_experts(self, hidden: torch.Tensor, normed: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
+        """Adds to `hidden` what the experts make of `normed`."""
+        weights = F.linear(normed, self.gate.weight).softmax(dim=-1)
         most = top_k if isinstance(top_k, int) else int(top_k.max())
         weights, experts = weights.topk(most, dim=-1)  # (tokens, most)
-        if isinstance(top_k, int):
-            tokens = torch.arange(len(hidden)).repeat_interleave(most)
-        else:
-            is_asked = torch.arange(most) < top_k[:, None]
-            weights, experts = weights.where(is_asked, 0.0), experts[is_asked]
-            tokens = torch.arange(len(hidden)).repeat_interleave(top_k)
+        if not isinstance(top_k, int):
+            is_spare = torch.arange(most) >= top_k[:, None]
+            # The number behind the last expert's: sorting takes them to the end.
+            weights, experts = weights.masked_fill(is_spare, 0.0), experts.masked_fill(is_spare, len(self.gate_up))
         if self.gate.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if len(hidden) == 1:
-            experts = experts.flatten().tolist()
-            return self._experts_of_token(hidden, experts, weights[0, : len(experts)])
-        weights = weights.flatten() if isinstance(top_k, int) else weights[is_asked]
+            return hidden.add_(self._experts_of_token(normed, experts[0].tolist(), weights[0]))
         # Sorted by expert, the tokens of each lie together. A few experts at a time, so that what is computed in between
         # stays in the processor's cache.
         experts, order = experts.flatten().sort()
-        tokens, weights = tokens[order], weights[order]
-        counts = torch.bincount(experts, minlength=len(self.gate_up)).tolist()
-        outputs = torch.zeros_like(hidden)
+        tokens, weights, counts = self._filled_up(experts, order // most, weights.flatten()[order])
         for first, last, start, stop in _groups(counts):
             some = tokens[start:stop]
-            parts = hidden[some].split(counts[first:last])
+            parts = normed.index_select(0, some).split(counts[first:last])
             gate_up = [layer(part) for layer, part in zip(self.gate_up[first:last], parts, strict=True) if len(part)]
             activated = self._activated(torch.cat(gate_up), weights[start:stop])
             parts = activated.split(counts[first:last])
             down = [layer(part) for layer, part in zip(self.down[first:last], parts, strict=True) if len(part)]
-            outputs.index_add_(0, some, torch.cat(down))
-        return outputs
+            hidden.index_add_(0, some, torch.cat(down))
+        return hidden
 
-    def _experts_of_token(self, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor) -> torch.Tensor:
-        activated = self._activated(torch.cat([self.gate_up[expert](hidden) for expert in experts]), weights)
+    def _filled_up(
+        self, experts: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Tokens and their weights, sorted by expert, with a token of weight zero where a product should have more rows;
+        and the rows of each expert."""
+        counts = torch.bincount(experts, minlength=len(self.gate_up))[: len(self.gate_up)].tolist()
+        rounded = [_rounded(count) for count in counts]
+        num_asked = sum(counts)
+        if rounded == counts:
+            return tokens[:num_asked], weights[:num_asked], counts
+        shift = torch.tensor([0, *itertools.accumulate(map(operator.sub, rounded, counts))])
+        places = torch.arange(num_asked) + shift[experts[:num_asked]]
+        filled = tokens.new_zeros(sum(rounded)).index_copy_(0, places, tokens[:num_asked])
+        return filled, weights.new_zeros(sum(rounded)).index_copy_(0, places, weights[:num_asked]), rounded
+
+    def _experts_of_token(self, normed: torch.Tensor, experts: list[int], weights: torch.Tensor) -> torch.Tensor:
+        activated = self._activated(torch.cat([self.gate_up[expert](normed) for expert in experts]), weights)
         parts = zip(experts, activated.split(1), strict=True)
         return torch.cat([self.down[expert](part) for expert, part in parts]).sum(0, keepdim=True)
 
     def _activated(self, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Inputs of the experts' down projections, weighted: there are fewer of them than outputs."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return (self.act_fn(gate) * up).mul_(weights[:, None])
+        return self.act_fn(gate).mul_(up).mul_(weights[:, None])
 
 
 @dataclass
 class _BlockCache:
     """
-    Keys and values of a block, `(rows, heads, L, d)`, and the rows of the batch that they are of, `(rows,)`: those whose
+    Keys and values of a block, `(rows, L, heads, d)`, and the rows of the batch that they are of, `(rows,)`: those whose
     answers the block takes part in. `rows` is `None` where these are all.
     """
 
@@ -292,10 +359,89 @@ class _BlockCache:
 
     def make_room(self, length: int) -> None:
         """Makes it hold at least `length` positions."""
-        if self.keys.shape[2] < length:
+        if self.keys.shape[1] < length:
             # More than asked for, so that not every step copies the cache.
-            room = (0, 0, 0, 16 + length // 8)
+            room = (0, 0, 0, 0, 0, length + length // 8 + CACHE_ROOM - self.keys.shape[1])
             self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+
+    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes a key and a value of each row, `(rows, heads, d)`, at its position, `(rows,)`."""
+        if len(positions) == 1:
+            position = int(positions)
+            self.keys[0, position], self.values[0, position] = keys[0], values[0]
+        else:
+            places = positions + torch.arange(len(positions)) * self.keys.shape[1]
+            self.keys.flatten(0, 1).index_copy_(0, places, keys)
+            self.values.flatten(0, 1).index_copy_(0, places, values)
+
+
+class _Span:
+    """
+    What a block of a prefill runs on: the tokens of some prompts, some of which end with this block, since no other block
+    runs for them. Of those, only the last token is computed to the end.
+
+    Args:
+        lengths (`list[int]`):
+            Lengths of all prompts of the batch, whose tokens lie end to end.
+        rows (`tuple[int, ...]`):
+            The prompts that the block runs for, ascending.
+        ending (`frozenset[int]`):
+            Those of them that end with it.
+
+    Attributes:
+        inputs (`torch.Tensor`):
+            Places of the prompts' tokens among all, then others' so that a product has the rows that it should have.
+        outputs (`torch.Tensor`):
+            Which of the inputs are computed to the end, as places among the inputs, with others in the same way.
+        num_inputs, num_outputs (`int`):
+            How many there are without these others.
+    """
+
+    def __init__(self, lengths: list[int], rows: tuple[int, ...], ending: frozenset[int]):
+        starts = list(itertools.accumulate(lengths, initial=0))
+        self.rows = rows
+        self.lengths = [lengths[row] for row in rows]
+        self.is_ending = [row in ending for row in rows]
+        self.inputs = _filled(torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows]))
+        self.num_inputs = sum(self.lengths)
+        stops = list(itertools.accumulate(self.lengths))
+        self.outputs = _filled(
+            torch.cat(
+                [
+                    torch.arange(stop - (1 if is_ending else length), stop)
+                    for stop, length, is_ending in zip(stops, self.lengths, self.is_ending, strict=True)
+                ]
+            )
+        )
+        self.num_outputs = sum(
+            1 if is_ending else length for length, is_ending in zip(self.lengths, self.is_ending, strict=True)
+        )
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal attention within each prompt: of inputs, `(inputs, heads, d)` each, for outputs, `(outputs, width)`."""
+        attended = []
+        parts = (states[: self.num_inputs].split(self.lengths) for states in (query, key, value))
+        for *states, is_ending in zip(*parts, self.is_ending, strict=True):
+            one, keys, values = (part.transpose(0, 1)[None] for part in states)  # (1, heads, length, d)
+            one = one[:, :, -1:] if is_ending else one
+            # The last token sees all others.
+            found = F.scaled_dot_product_attention(one, keys, values, is_causal=not is_ending, enable_gqa=True)
+            attended.append(found[0].transpose(0, 1))
+        attended.append(query.new_zeros(len(self.outputs) - self.num_outputs, *query.shape[1:]))
+        return torch.cat(attended).flatten(1)
+
+    def cache(self, keys: torch.Tensor, values: torch.Tensor, num_rows: int) -> _BlockCache:
+        """The keys and values of inputs, `(inputs, heads, d)` each, of a batch of `num_rows` prompts."""
+        room = max(self.lengths) + CACHE_ROOM
+        starts = range(0, len(self.rows) * room, room)
+        places = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)])
+        keys, values = (
+            states.new_zeros(len(self.rows) * room, *states.shape[1:])
+            .index_copy_(0, places, states[: self.num_inputs])
+            .unflatten(0, (-1, room))
+            for states in (keys, values)
+        )
+        return _BlockCache(None if len(self.rows) == num_rows else torch.tensor(self.rows), keys, values)
 
 
 class CpuDecoding:
@@ -321,74 +467,55 @@ class CpuDecoding:
         embedded = model.language_model.embed_tokens(prompts["input_ids"])
         embedded = model.place_image_features(embedded, prompts["image_features"], prompts["image_input_idx"])
         hidden = embedded[prompts["attention_mask"].bool()]  # (tokens, width): prompts end to end, without padding
-        cos, sin = self._rotary(torch.cat([torch.arange(length) for length in self._lengths.tolist()]))
-        row_of_token = torch.arange(len(self._lengths)).repeat_interleave(self._lengths)
+        lengths = self._lengths.tolist()
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        turns = self.inference.turns(max(lengths)).index_select(0, positions)[:, None]
+        row_of_token = torch.arange(len(lengths)).repeat_interleave(self._lengths)
+        spans: dict[tuple, _Span] = {}
         for block in sorted(set().union(*active_blocks)):
-            rows = _where([block in blocks for blocks in active_blocks])
-            if rows is None:
-                hidden = self._prefill_block(block, rows, hidden, cos, sin, row_of_token)
-            else:
-                (tokens,) = torch.isin(row_of_token, rows).nonzero(as_tuple=True)
-                hidden[tokens] = self._prefill_block(
-                    block, rows, hidden[tokens], cos[tokens], sin[tokens], row_of_token[tokens]
-                )
+            rows = tuple(row for row, blocks in enumerate(active_blocks) if block in blocks)
+            ending = frozenset(row for row in rows if active_blocks[row][-1] == block)
+            if (rows, ending) not in spans:
+                spans[rows, ending] = _Span(lengths, rows, ending)
+            span, layer = spans[rows, ending], self.inference.blocks[block]
+            inputs = hidden.index_select(0, span.inputs)
+            query, key, value = layer.project(inputs, turns.index_select(0, span.inputs))
+            self._cache[block] = span.cache(key, value, len(lengths))
+            written = span.inputs[span.outputs]
+            outputs = layer.finish(
+                hidden.index_select(0, written),
+                span.attend(query, key, value),
+                self._top_k_of(row_of_token[written]),
+            )
+            hidden.index_copy_(0, written[: span.num_outputs], outputs[: span.num_outputs])
         self._predict(hidden[self._lengths.cumsum(0) - 1])
-
-    def _prefill_block(
-        self,
-        block: int,
-        rows: torch.Tensor | None,
-        hidden: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        row_of_token: torch.Tensor,
-    ) -> torch.Tensor:
-        layer = self.inference.blocks[block]
-        lengths = (self._lengths if rows is None else self._lengths[rows]).tolist()
-        states = layer.project(hidden, (cos, sin))
-        # (length, heads, d) → (1, heads, length, d), for each prompt
-        prompts = [
-            tuple(part.transpose(0, 1)[None] for part in parts)
-            for parts in zip(*(state.split(lengths) for state in states), strict=True)
-        ]
-        attended = [
-            F.scaled_dot_product_attention(*prompt, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-            for prompt in prompts
-        ]
-        _, keys, values = zip(*prompts, strict=True)
-        self._cache[block] = _BlockCache(rows, _pad(keys), _pad(values))
-        return layer.finish(hidden, torch.cat(attended).flatten(1), self._top_k_of(row_of_token))
 
     def _top_k_of(self, rows: torch.Tensor) -> int | torch.Tensor:
         """Experts of tokens that belong to the given rows."""
-        first = self._top_k[0]
-        return int(first) if bool((self._top_k == first).all()) else self._top_k[rows]
-
-    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of positions, `(tokens, 1, d)` each."""
-        rotary_emb = self.inference.model.model.language_model.rotary_emb
-        return tuple(table[0, :, None] for table in rotary_emb(self.inference.norm.weight, positions[None]))
+        top_k = self._top_k[rows]
+        most = int(top_k.max())
+        return most if int(top_k.min()) == most else top_k
 
     def _predict(self, hidden: torch.Tensor) -> None:
-        self.logits = self.inference.lm_head(_rms_norm(hidden, self.inference.norm))
+        self.logits = self.inference.lm_head(self.inference.norm(hidden))
         self.tokens = self.logits.argmax(dim=-1)
 
     @torch.inference_mode()
     def step(self) -> None:
         hidden = self.inference.model.get_input_embeddings()(self.tokens)  # (B, width)
-        cos, sin = self._rotary(self._lengths)
         longest = int(self._lengths.max()) + 1
+        turns = self.inference.turns(longest).index_select(0, self._lengths)[:, None]
         is_seen = torch.arange(longest) <= self._lengths[:, None]  # (B, longest)
         mask = None if bool(is_seen.all()) else is_seen[:, None, None]
-        every = torch.arange(len(hidden))
+        top_k = self._top_k_of(torch.arange(len(hidden)))
         for block, cache in self._cache.items():
             cache.make_room(longest)
-            if cache.rows is None:
-                hidden = self._step_block(block, hidden, cos, sin, mask, every)
+            if (some := cache.rows) is None:
+                hidden = self._step_block(block, hidden, turns, mask, self._lengths, top_k)
             else:
-                some = cache.rows
+                some_mask = None if mask is None else mask[some]
                 hidden[some] = self._step_block(
-                    block, hidden[some], cos[some], sin[some], None if mask is None else mask[some], some
+                    block, hidden[some], turns[some], some_mask, self._lengths[some], self._top_k_of(some)
                 )
         self._lengths = self._lengths + 1
         self._predict(hidden)
@@ -397,24 +524,23 @@ class CpuDecoding:
         self,
         block: int,
         hidden: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        turns: torch.Tensor,
         mask: torch.Tensor | None,
-        rows: torch.Tensor,
+        positions: torch.Tensor,
+        top_k: int | torch.Tensor,
     ) -> torch.Tensor:
         layer, cache = self.inference.blocks[block], self._cache[block]
-        query, key, value = layer.project(hidden, (cos, sin))
-        places, longest = self._lengths[rows], int(self._lengths.max()) + 1
-        cache.keys[torch.arange(len(rows)), :, places] = key
-        cache.values[torch.arange(len(rows)), :, places] = value
+        query, key, value = layer.project(hidden, turns)
+        cache.write(positions, key, value)
+        longest = int(positions.max()) + 1 if mask is None else mask.shape[-1]
         attended = F.scaled_dot_product_attention(
             query[:, :, None],
-            cache.keys[:, :, :longest],
-            cache.values[:, :, :longest],
+            cache.keys[:, :longest].transpose(1, 2),
+            cache.values[:, :longest].transpose(1, 2),
             attn_mask=mask,
             enable_gqa=True,
         )
-        return layer.finish(hidden, attended.flatten(1), self._top_k_of(rows))
+        return layer.finish(hidden, attended.flatten(1), top_k)
 
     def keep(self, rows: Sequence[int]) -> None:
         kept = torch.tensor(rows)
@@ -455,16 +581,6 @@ def _where(is_in: list[bool]) -> torch.Tensor | None:
     return None if all(is_in) else torch.tensor(is_in).nonzero().flatten()
 
 
-def _pad(states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """States `(1, heads, length, d)` of several prompts as `(B, heads, longest, d)`, padded behind."""
-    longest = max(state.shape[2] for state in states)
-    return torch.cat([F.pad(state, (0, 0, 0, longest - state.shape[2])) for state in states])
-
-
-def _rms_norm(states: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    return F.rms_norm(states, (states.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+def _filled(places: torch.Tensor) -> torch.Tensor:
+    """The places, and the first of them again where a product should have more rows."""
+    return F.pad(places, (0, _rounded(len(places)) - len(places)), value=int(places[0]))

@@ -11,9 +11,9 @@ import json
 import re
 import statistics
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -393,26 +393,58 @@ class MolmoExecutor:
                 found[sample.sample_id] = self._encoded[key]
             else:
                 missing.setdefault(sample.sample_id, sample)
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            # A few at a time, so that not all pixels are in memory at once. Images are cut in this thread: the tokenizer
-            # cannot be used by two.
-            group_size = max(8, 4 * self.num_workers) if self.mode == "captured" else 4 * self.num_workers
-            for group in _split(list(missing.values()), group_size):
-                images = [sample.load_image() for sample in group]
-                inputs = [self._process(sample, image, tier) for sample, image in zip(group, images, strict=True)]
-                digests = [f"{tier} {_digest(image)}" for image in images]
-                features = {digest: self._features_of_image.get(digest) for digest in digests}
-                unseen = {digest: one for digest, one in zip(digests, inputs, strict=True) if features[digest] is None}
-                if self.mode == "captured" and len(unseen) > 1:
-                    features.update(zip(unseen, self._features_of_images(list(unseen.values())), strict=True))
-                else:
-                    # Each image goes through the tower by itself: the rounding of a batch may depend on its size.
-                    features.update(zip(unseen, pool.map(self._image_features, unseen.values()), strict=True))
-                for sample, one, digest in zip(group, inputs, digests, strict=True):
-                    self._features_of_image[digest] = features[digest]
-                    found[sample.sample_id] = self._encoded_sample(one, features[digest])
-                    self._keep((sample.sample_id, tier), found[sample.sample_id])
+        encode = self._encode_together if self.mode == "captured" else self._encode_each
+        for sample, inputs, digest, features in encode(list(missing.values()), tier):
+            self._features_of_image[digest] = features
+            found[sample.sample_id] = self._encoded_sample(inputs, features)
+            self._keep((sample.sample_id, tier), found[sample.sample_id])
         return [found[sample.sample_id] for sample in samples]
+
+    def _encode_together(
+        self, samples: Sequence[ExecutorRequest], tier: str
+    ) -> Iterator[tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]]:
+        """Each sample with its inputs, its image's digest and features: several images in a pass of the tower."""
+        # A few at a time, so that not all pixels are in memory at once.
+        for group in _split(samples, max(8, 4 * self.num_workers)):
+            images = [sample.load_image() for sample in group]
+            inputs = [self._process(sample, image, tier) for sample, image in zip(group, images, strict=True)]
+            digests = [f"{tier} {_digest(image)}" for image in images]
+            features = {digest: self._features_of_image.get(digest) for digest in digests}
+            unseen = {digest: one for digest, one in zip(digests, inputs, strict=True) if features[digest] is None}
+            if len(unseen) == 1:
+                features.update({digest: self._image_features(one) for digest, one in unseen.items()})
+            elif unseen:
+                features.update(zip(unseen, self._features_of_images(list(unseen.values())), strict=True))
+            for sample, one, digest in zip(group, inputs, digests, strict=True):
+                yield sample, one, digest, features[digest]
+
+    def _encode_each(
+        self, samples: Sequence[ExecutorRequest], tier: str
+    ) -> Iterator[tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]]:
+        """As `_encode_together`, but each image goes through the tower by itself, since the rounding of a batch may depend
+        on its size, while the next ones are cut in this thread: the tokenizer cannot be used by two."""
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            waiting: deque[tuple[ExecutorRequest, BatchFeature, str, Future | torch.Tensor]] = deque()
+
+            def first_waiting() -> tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]:
+                sample, inputs, digest, features = waiting.popleft()
+                return sample, inputs, digest, features.result() if isinstance(features, Future) else features
+
+            for sample in samples:
+                image = sample.load_image()
+                inputs, digest = self._process(sample, image, tier), f"{tier} {_digest(image)}"
+                features = self._features_of_image.get(digest)
+                if features is None:
+                    # Of an image that is being encoded for another question.
+                    features = next((future for *_, other, future in waiting if other == digest), None)
+                if features is None:
+                    features = pool.submit(self._image_features, inputs)
+                waiting.append((sample, inputs, digest, features))
+                # No more than a few, so that not all pixels are in memory at once.
+                if len(waiting) > 2 * self.num_workers:
+                    yield first_waiting()
+            while waiting:
+                yield first_waiting()
 
     def _process(self, sample: ExecutorRequest, image: Image.Image, tier: str) -> BatchFeature:
         return self.processor(
@@ -486,9 +518,9 @@ class MolmoExecutor:
             encoded (`Sequence[EncodedSample]`):
                 Prompts, of any length.
             top_k (`int` or `Sequence[int]`):
-                Experts per token. In the mode `"captured"` each prompt may have its own.
+                Experts per token. Where the mode mixes settings, each prompt may have its own.
             active_blocks (`Sequence[int]` or `Sequence[Sequence[int]]`):
-                Blocks that run, ascending. In the mode `"captured"` each prompt may have its own.
+                Blocks that run, ascending. Where the mode mixes settings, each prompt may have its own.
 
         Returns:
             `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
@@ -597,8 +629,15 @@ class MolmoExecutor:
         blocks = {
             p: tuple(self.active_blocks(requests[p].setting.num_blocks, requests[p].sample_id)) for p in positions
         }
-        # Prompts of similar length share a batch: little padding.
-        positions = sorted(positions, key=lambda p: len(encoded[p].input_ids))
+        # Prompts of similar length share a batch: little padding. Where there is none, those of similar settings do, which
+        # then run through the same blocks.
+        positions = sorted(
+            positions,
+            key=lambda p: (
+                () if self._inference.pads_prompts else (blocks[p], requests[p].setting.top_k),
+                len(encoded[p].input_ids),
+            ),
+        )
 
         def answer(batch: list[int]) -> list[list[int]]:
             prompts = [encoded[position] for position in batch]

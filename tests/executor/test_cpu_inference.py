@@ -56,18 +56,24 @@ def test_decoding_of_a_batch_equals_that_of_the_modules(tiny_molmo, kept):
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [3, 0], [2, 1], [1]])
 def test_rows_of_a_batch_may_have_settings_of_their_own(tiny_molmo, kept):
     lengths, top_k, active_blocks = [25, 14, 31, 14], [4, 1, 2, 8], [[0, 1, 2, 3], [0, 2], [0, 1, 3], [1]]
-    prompts = random_prompts(tiny_molmo, lengths)
-    mixed = CpuInference(tiny_molmo).prefill(prompts, top_k, active_blocks)
+    assert_decodes_as_alone(tiny_molmo, random_prompts(tiny_molmo, lengths), lengths, top_k, active_blocks, kept)
+
+
+def assert_decodes_as_alone(model, prompts, lengths, top_k, active_blocks, kept):
+    mixed = CpuInference(model).prefill(prompts, top_k, active_blocks)
+    longest = max(lengths)
     with torch.inference_mode():
         alone = [
-            PlainInference(tiny_molmo).prefill(
+            PlainInference(model).prefill(
                 {
                     # The features' places count from the end of the padding.
                     "image_input_idx": torch.where(
-                        prompts["image_input_idx"][[row]] < 0, -100, prompts["image_input_idx"][[row]] - 31 + length
+                        prompts["image_input_idx"][[row]] < 0,
+                        -100,
+                        prompts["image_input_idx"][[row]] - longest + length,
                     ),
                     "image_features": prompts["image_features"][[row]],
-                    **{name: prompts[name][[row], 31 - length :] for name in ("input_ids", "attention_mask")},
+                    **{name: prompts[name][[row], longest - length :] for name in ("input_ids", "attention_mask")},
                 },
                 top_k[row],
                 active_blocks[row],
@@ -83,6 +89,12 @@ def test_rows_of_a_batch_may_have_settings_of_their_own(tiny_molmo, kept):
             mixed.step()
             for decoding in alone:
                 decoding.step()
+
+
+def test_a_block_of_short_prompts_decodes_beside_long_ones(tiny_molmo):
+    # The last block runs for the short prompt alone, so that its cache starts with much less room than the others'.
+    prompts = random_prompts(tiny_molmo, [13, 90])
+    assert_decodes_as_alone(tiny_molmo, prompts, [13, 90], [2, 2], [[0, 3], [0]], kept=[0, 1])
 
 
 @pytest.mark.parametrize(
@@ -147,14 +159,13 @@ def test_all_golden_cases_agree_without_the_modules(shared_dir):
 
 @pytest.mark.parametrize("num_rows", [1, 200])
 @pytest.mark.parametrize("has_silu", [False, True])
-@pytest.mark.parametrize("rounds_rows", [False, True])
-def test_a_packed_layer_equals_torchs_on_either_side_of_its_threshold(num_rows, has_silu, rounds_rows):
+def test_a_packed_layer_equals_torchs_on_either_side_of_its_threshold(num_rows, has_silu):
     layer = torch.nn.Linear(96, 80)
     assert (num_rows * 96 * 80 > MIN_PACKED_MACS) == (num_rows == 200)
     rows = torch.randn(num_rows, 96)
     expected = layer(rows)
     expected = torch.nn.functional.silu(expected) if has_silu else expected
-    found = PackedLinear(layer.weight, layer.bias, has_silu, rounds_rows)(rows)
+    found = PackedLinear(layer.weight, layer.bias, has_silu)(rows)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
