@@ -30,6 +30,10 @@ from .profile_table import COUNT_COLUMNS, STAGE_COLUMNS, TIME_COLUMNS, UNKNOWN, 
 CALIBRATION_REQUESTS = 6
 """Requests that are timed to find out how long a profile will take."""
 
+SLOW_REQUEST_S = 1.0
+"""Where requests take longer, none is warmed up by itself: what its first time costs on top (memory that is asked for, kernels
+that are chosen) is milliseconds."""
+
 DISAGREEMENT = 0.1
 """Repeats disagree where their interquartile range is a larger share of the median in a stage that is predicted."""
 
@@ -180,7 +184,7 @@ def profile_executor(
     Times the stages of single requests over settings × inputs. A short calibration tells how long it will take, and a
     spread-out subset is chosen if that is more than allowed. Repeats are passes over all measurements, each in another
     order, so that a machine that slows down for a while does so for all settings alike; a first pass warms up and is not
-    kept.
+    kept, except where requests take longer than a second.
 
     Args:
         executor ([`MolmoExecutor`]):
@@ -271,11 +275,14 @@ def profile_executor(
         todo = f"{len(settings)} settings x {len(inputs)} inputs"
         todo = f"{len(pairs)} of {todo}" if len(pairs) < len(settings) * len(inputs) else f"{todo} = {len(pairs)}"
         say(f"To measure: {todo} measurements, {repeats} repeats each, after a warm-up.")
-        request_s = None
+        request_s, warm_ups = None, 1
         if journal.num_measurements is None:
             request_s = _calibrate(measure, pairs)
-            journal.settle(affordable(request_s, 1 + repeats, len(pairs)))
-            seconds = request_s * (1 + repeats) * journal.num_measurements
+            if request_s > SLOW_REQUEST_S:
+                warm_ups = 0
+                say(f"A request takes {request_s:.1f} s: none is warmed up by itself.")
+            journal.settle(affordable(request_s, warm_ups + repeats, len(pairs)))
+            seconds = request_s * (warm_ups + repeats) * journal.num_measurements
             subset = (
                 "" if journal.num_measurements == len(pairs) else f" (a spread-out subset: {time_limit_s:g} s allowed)"
             )
@@ -290,8 +297,8 @@ def profile_executor(
                 for index in range(journal.num_measurements)
                 if any((index, repeat) not in journal.timings for repeat in range(repeats))
             ]
-            bar.reset(total=len(unfinished) * (1 + repeats))
-            for number, index in enumerate(unfinished, start=1):
+            bar.reset(total=len(unfinished) * (warm_ups + repeats))
+            for number, index in enumerate(unfinished * warm_ups, start=1):
                 # What is used for the first time takes longer: less may be affordable than there seemed to be.
                 if request_s is not None and affordable(request_s, repeats, number) < number:
                     journal.settle(number - 1)
@@ -326,11 +333,17 @@ def profile_executor(
 
 
 def _calibrate(measure: Callable[[KnobSetting, int], StageTimes], pairs: Sequence[tuple[KnobSetting, int]]) -> float:
-    """Seconds that a request takes on average: a few that are spread out, each run once before."""
+    """Seconds that a request takes on average: a few that are spread out, each run once before unless they are slow."""
     chosen = pairs[:CALIBRATION_REQUESTS]
-    for pair in chosen:
-        measure(*pair)
-    started = time.perf_counter()
-    for pair in chosen:
-        measure(*pair)
-    return (time.perf_counter() - started) / len(chosen)
+
+    def seconds(requests: Sequence[tuple[KnobSetting, int]]) -> float:
+        started = time.perf_counter()
+        for request in requests:
+            measure(*request)
+        return time.perf_counter() - started
+
+    seconds(chosen[:1])
+    first_s = seconds(chosen[:1])
+    if first_s <= SLOW_REQUEST_S:
+        seconds(chosen[1:])
+    return (first_s + seconds(chosen[1:])) / len(chosen)

@@ -38,6 +38,10 @@ class ProfileArguments(DatasetArguments):
             "`random:molmoe-1b` for random weights of MolmoE-1B's sizes, made on the device: they cost the same."
         },
     )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Device to measure, e.g. `cpu` where there is a GPU, too. Default: the best one here."},
+    )
     executor_mode: str | None = field(
         default=None,
         metadata={"help": "How the executor computes: plain, onednn or captured. Default: the fastest one here."},
@@ -211,7 +215,7 @@ def _load_executor(args: ProfileArguments):
             raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
         torch.set_num_threads(args.num_threads)
     kwargs = {"max_new_tokens": args.max_new_tokens, "mode": args.executor_mode}
-    executor = open_executor(args.model_path, importance=args.importance_path, **kwargs)
+    executor = open_executor(args.model_path, args.device, args.importance_path, **kwargs)
     executor.knob_space = knob_space_of(args, executor.model.config)
     return executor
 

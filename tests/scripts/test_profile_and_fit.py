@@ -15,7 +15,7 @@ from datasets import Dataset
 from joint_controller import KnobSetting, LatencyEstimatorModel
 from joint_controller.data import load_vqa_datasets
 from joint_controller.executor import MolmoExecutor
-from joint_controller.latency import load_profile, make_profile_inputs, profile_executor, save_profile
+from joint_controller.latency import load_profile, make_profile_inputs, profile_executor, profiling, save_profile
 from joint_controller.latency.profile_journal import JOURNAL_FILE
 from joint_controller.latency.profile_table import PROFILE_FILE
 from joint_controller.scripts import fit_latency, profile, run_script
@@ -132,6 +132,26 @@ def test_time_limit_measures_a_spread_out_subset(executor_folder):
     assert max(counts) - min(counts) <= 1 and (max(counts) == 1 or len(counts) == NUM_SETTINGS)
 
 
+@pytest.mark.parametrize(("slow_request_s", "num_warm_ups"), [(1e9, 6 + 6 + 12), (0.0, 1 + 6)])
+def test_slow_requests_are_not_warmed_up_one_by_one(executor_folder, monkeypatch, slow_request_s, num_warm_ups):
+    calls, time_request = [], MolmoExecutor.time_request
+
+    def counted(self, request, **kwargs):
+        calls.append((request.setting, request.sample_id))
+        return time_request(self, request, **kwargs)
+
+    monkeypatch.setattr(MolmoExecutor, "time_request", counted)
+    monkeypatch.setattr(profiling, "SLOW_REQUEST_S", slow_request_s)
+    executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
+    settings = list(executor.knob_space)[:4]
+    arguments = {"settings": settings, "repeats": 2, "decode_steps": 1, "progress": False}
+    table = profile_executor(executor, make_profile_inputs(3), **arguments)
+    # Each measurement twice, behind six requests that tell how long it will take, and the warm-up.
+    assert len(table) == 12 and len(calls) == num_warm_ups + 2 * 12
+    assert len(set(calls[num_warm_ups : num_warm_ups + 12])) == len(set(calls[-12:])) == 12
+    assert set(table["num_repeats"]) == {2}
+
+
 def run_profile(folder, executor_folder, *flags):
     flags = ["--model_path", executor_folder, "--output_dir", folder, "--num_threads", 1, *flags]
     return run_script("profile", profile.make_parser, profile.main, [str(flag) for flag in flags])
@@ -232,12 +252,13 @@ def test_a_sample_of_settings_and_measurements(executor_folder, tmp_path, capsys
         "true",
     ]
     flags += ["--max_new_tokens", 3, "--top_k_values", 1, 2, 3, "--tiers", "low", "medium"]
+    flags += ["--device", "cpu", "--executor_mode", "plain"]
     assert run_profile(tmp_path, executor_folder, *flags) == 0
     assert "To measure: 12 of 5 settings x 4 inputs measurements, 1 repeats each" in capsys.readouterr().out
     table = load_profile(tmp_path)
     settings = list(zip(table["tier"], table["top_k"], table["num_blocks"], strict=True))
     assert len(table) == 12 and len(set(settings)) == 5
-    assert settings[:2] == [("low", 1, 3), ("medium", 3, 4)]
+    assert settings[:2] == [("low", 1, 3), ("medium", 3, 4)] and set(table["executor_mode"]) == {"plain"}
     for row in table:
         steps = row["decode_ms"] or []
         assert row["output_tokens"] == 1 + len(steps) <= 3 and (row["decode_ms_per_token"] is None) == (not steps)
