@@ -170,7 +170,7 @@ class CapturedInference:
     """
 
     mixes_settings = True
-    pads_prompts = True
+    prefers_same_settings = False
 
     def __init__(self, model: MolmoForConditionalGeneration, graph_bytes: int = 2 * 2**30):
         if model.device.type != "cuda":

@@ -94,7 +94,7 @@ class CpuInference:
 
     prefill_lengths = None
     mixes_settings = True
-    pads_prompts = False
+    prefers_same_settings = True
 
     def __init__(self, model: MolmoForConditionalGeneration):
         if not self.supports(model):

@@ -46,13 +46,13 @@ class Inference(Protocol):
             Lengths, ascending, that the prompt of a single request is padded to; `None` where it is not padded.
         mixes_settings (`bool`):
             Whether each row of a batch may have a `top_k` and `active_blocks` of its own.
-        pads_prompts (`bool`):
-            Whether the prompts of a batch take the time of the longest of them.
+        prefers_same_settings (`bool`):
+            Whether prompts of the same blocks and experts are faster in a batch than prompts of the same length.
     """
 
     prefill_lengths: Sequence[int] | None
     mixes_settings: bool
-    pads_prompts: bool
+    prefers_same_settings: bool
 
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         """
@@ -99,7 +99,7 @@ class PlainInference:
 
     prefill_lengths = None
     mixes_settings = False
-    pads_prompts = True
+    prefers_same_settings = False
 
     def __init__(self, model: MolmoForConditionalGeneration):
         self.model = model

@@ -629,12 +629,11 @@ class MolmoExecutor:
         blocks = {
             p: tuple(self.active_blocks(requests[p].setting.num_blocks, requests[p].sample_id)) for p in positions
         }
-        # Prompts of similar length share a batch: little padding. Where there is none, those of similar settings do, which
-        # then run through the same blocks.
+        # What shares a batch: prompts of similar length, or first of all those of the same blocks and experts.
         positions = sorted(
             positions,
             key=lambda p: (
-                () if self._inference.pads_prompts else (blocks[p], requests[p].setting.top_k),
+                (blocks[p], requests[p].setting.top_k) if self._inference.prefers_same_settings else (),
                 len(encoded[p].input_ids),
             ),
         )
