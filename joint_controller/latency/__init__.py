@@ -14,7 +14,11 @@ from .profile_report import repeatability, write_profile_report
 from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
 from .recalibration import fit_recalibration, plot_recalibration, recalibrate, recalibration_errors
-from .shipped_estimators import embedded_latency_estimator_path, shipped_latency_estimators
+from .shipped_estimators import (
+    embedded_latency_estimator_path,
+    shipped_estimator_names,
+    shipped_latency_estimators,
+)
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
@@ -48,6 +52,7 @@ __all__ = [
     "report_errors",
     "save_profile",
     "settings_that_fit",
+    "shipped_estimator_names",
     "shipped_latency_estimators",
     "write_profile_report",
 ]

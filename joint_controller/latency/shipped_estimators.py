@@ -11,6 +11,11 @@ SHIPPED_ESTIMATORS = Path(__file__).parents[1] / "assets" / "latency"
 """Folder of the estimators that ship with the package, each in a folder of its own with its card and its profile."""
 
 
+def shipped_estimator_names() -> list[str]:
+    """Names of the estimators that ship with the package, which stand for their folders: `"molmoe_1b_h200"`."""
+    return sorted(path.parent.name for path in SHIPPED_ESTIMATORS.glob("*/config.json"))
+
+
 def embedded_latency_estimator_path() -> Path:
     """
     Folder of the latency estimator of the embedded executor on a CPU.

@@ -40,7 +40,8 @@ class ExecutorArguments:
     latency_estimator_path: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub name of a latency estimator, or a best_latency_estimator.pt of the original scripts; "
+            "help": "Folder, Hub name or shipped name of a latency estimator, or a best_latency_estimator.pt of the original "
+            "scripts; "
             "`fit` measures the executor on this machine and fits one first (about a minute). By default the one that ships "
             "with the package: for the embedded executor (measured on one thread of a CPU), and for MolmoE-1B on a GPU that "
             "it was measured on (NVIDIA H200)."
@@ -222,7 +223,12 @@ def load_latency_estimator(
         FileNotFoundError: If it cannot be found.
         ValueError: If there is none, or it was fitted on an executor of other sizes or on other knob values.
     """
-    from ..latency import embedded_latency_estimator_path, read_latency_estimator, shipped_latency_estimators
+    from ..latency import (
+        embedded_latency_estimator_path,
+        read_latency_estimator,
+        shipped_estimator_names,
+        shipped_latency_estimators,
+    )
     from ..latency.profiling import device_name
 
     path = args.latency_estimator_path
@@ -238,7 +244,7 @@ def load_latency_estimator(
                 f"`--latency_estimator_path {FIT}` to measure this machine first, or the folder of an estimator."
             )
         path = shipped[device]
-    elif not Path(path).exists() and "/" not in str(path):
+    elif not Path(path).exists() and "/" not in str(path) and path not in shipped_estimator_names():
         raise FileNotFoundError(
             f"`latency_estimator_path` '{path}' does not exist: give the folder of an estimator, or `{FIT}`."
         )

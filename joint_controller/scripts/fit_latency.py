@@ -38,8 +38,9 @@ class FitLatencyArguments:
     base_estimator: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub name of an estimator of the same executor on other hardware. It is adapted to the profile, "
-            "for which a few measurements are enough, in place of fitting a new one."
+            "help": "Estimator of the same executor on other hardware: a folder, a Hub name, or one that ships (embedded_cpu, "
+            "molmoe_1b_h200). It is adapted to the profile, for which a few measurements are enough, in place of fitting a "
+            "new one."
         },
     )
     recalibration_sizes: list[int] = field(
@@ -105,6 +106,8 @@ def _recalibrate(args: FitLatencyArguments, profile: "Dataset", output_dir: Path
     rows = format_recalibration_rows(errors)
     plot_recalibration(errors, output_dir)
     _print_table("Error after recalibration, by measurements used", RECALIBRATION_HEADINGS, rows)
+    if any("-" in row for row in rows):
+        print("-: too few other measurements are left to measure the error on. Profile more.")
     section = f"""
 ## Recalibration
 

@@ -214,6 +214,13 @@ def _load_executor(args: ProfileArguments):
         if args.num_threads < 1:
             raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
         torch.set_num_threads(args.num_threads)
+    if args.device is not None:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+            raise ValueError(
+                f"`device` is '{args.device}', which is not there: {str(error).splitlines()[0]}"
+            ) from error
     kwargs = {"max_new_tokens": args.max_new_tokens, "mode": args.executor_mode}
     executor = open_executor(args.model_path, args.device, args.importance_path, **kwargs)
     executor.knob_space = knob_space_of(args, executor.model.config)

@@ -7,7 +7,12 @@ import torch
 
 from joint_controller import KnobSetting, LatencyEstimatorModel
 from joint_controller.executor import embedded_executor_path
-from joint_controller.latency import embedded_latency_estimator_path, load_profile, shipped_latency_estimators
+from joint_controller.latency import (
+    embedded_latency_estimator_path,
+    load_profile,
+    read_latency_estimator,
+    shipped_latency_estimators,
+)
 from joint_controller.latency.shipped_estimators import SHIPPED_ESTIMATORS
 from joint_controller.molmo import MolmoConfig
 
@@ -23,6 +28,16 @@ def test_there_is_one_for_the_embedded_executor_and_one_for_molmoe():
     assert {device: folder.name for device, folder in molmoe.items()} == {"NVIDIA H200": "molmoe_1b_h200"}
     other = MolmoConfig(projector_intermediate_size=77)
     assert shipped_latency_estimators(other) == {}
+
+
+def test_they_are_read_by_name(tmp_path, monkeypatch):
+    assert read_latency_estimator("molmoe_1b_h200").config.device_name == "NVIDIA H200"
+    with pytest.raises(FileNotFoundError, match=r"one that ships \(embedded_cpu, molmoe_1b_h200\)"):
+        read_latency_estimator("molmoe_1b_a100")
+    # A folder of that name comes first.
+    monkeypatch.chdir(tmp_path)
+    read_latency_estimator("embedded_cpu").save_pretrained("molmoe_1b_h200")
+    assert read_latency_estimator("molmoe_1b_h200").config.device_name != "NVIDIA H200"
 
 
 def test_the_published_checkpoint_has_the_sizes_that_were_measured(shared_dir):

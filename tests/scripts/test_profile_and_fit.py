@@ -115,6 +115,9 @@ def test_an_estimator_is_adapted_to_another_profile(profile_folder, tmp_path, ca
     card = (tmp_path / "adapted" / "README.md").read_text()
     assert "## Recalibration" in card and "| none |" in card
     assert (tmp_path / "adapted" / "recalibration.png").exists()
+    save_profile(slower.select(range(12)), tmp_path / "short")
+    assert run_fit(tmp_path / "short", tmp_path / "from_few", *flags) == 0
+    assert "-: too few other measurements are left to measure the error on" in capsys.readouterr().out
     assert run_fit(tmp_path / "slower", tmp_path / "adapted", "--base_estimator", tmp_path / "nothing") == 2
     assert "does not exist" in capsys.readouterr().err.splitlines()[-1]
 
@@ -262,6 +265,14 @@ def test_a_sample_of_settings_and_measurements(executor_folder, tmp_path, capsys
     for row in table:
         steps = row["decode_ms"] or []
         assert row["output_tokens"] == 1 + len(steps) <= 3 and (row["decode_ms_per_token"] is None) == (not steps)
+
+
+def test_a_device_that_is_not_there_is_refused(executor_folder, tmp_path, capsys):
+    assert run_profile(tmp_path / "profile", executor_folder, "--device", "abacus") == 2
+    assert "`device` is 'abacus', which is not there" in capsys.readouterr().err.splitlines()[-1]
+    assert run_profile(tmp_path / "profile", executor_folder, "--device", "cuda:99") == 2
+    assert "`device` is 'cuda:99', which is not there" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "profile").exists()
 
 
 def test_report_and_repeatability(executor_folder, tmp_path, capsys):
