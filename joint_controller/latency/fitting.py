@@ -200,7 +200,10 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
                 parameters, max_iter=_LBFGS_ITERATIONS, history_size=30, line_search_fn="strong_wolfe"
             )
 
+            best_loss, best = math.inf, [parameter.detach().clone() for parameter in parameters]
+
             def loss(noise=noise, optimizer=optimizer) -> torch.Tensor:
+                nonlocal best_loss, best
                 optimizer.zero_grad()
                 size = (residuals() / noise).abs()
                 # log(cosh(x)), quadratic for small residuals and linear for outliers.
@@ -209,9 +212,16 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
                 prior = prior + ((parameters[1] - first_log_weights) / _LOG_WEIGHT_DEVIATION).square().sum() / 2
                 total = (misfit + prior) / num_rows
                 total.backward()
+                if total.item() < best_loss:
+                    best_loss, best = total.item(), [parameter.detach().clone() for parameter in parameters]
                 return total
 
             optimizer.step(loss)
+            # Where the loss is flat, a step may be so long that exponentials overflow, and what follows is not a number.
+            if not all(parameter.isfinite().all() for parameter in parameters):
+                with torch.no_grad():
+                    for parameter, value in zip(parameters, best, strict=True):
+                        parameter.copy_(value)
     return torch.cat([parameters[1].detach().exp() / scale, parameters[2].detach().exp()[:, None]], dim=1)
 
 

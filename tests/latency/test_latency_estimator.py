@@ -20,6 +20,7 @@ from joint_controller.latency import (
 )
 from joint_controller.latency.fitting import (
     fit_coefficients,
+    fit_units,
     held_out_folds,
     nonnegative_least_squares,
     profile_columns,
@@ -147,6 +148,32 @@ def test_disturbed_measurements_do_not_shift_the_fit():
     model, _ = fit_latency_estimator(make_profile(outliers=0.1, num_inputs=6), num_folds=2, num_units=4)
     # Plain least squares is 2 % off here.
     assert ((model.predict_latency_ms(*arguments) - expected).abs() / expected).mean() < 0.007
+
+
+def test_an_optimiser_that_goes_astray_costs_nothing(monkeypatch):
+    """As happens where the loss is flat: the last step of each round ends where nothing is a number."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 1 + 9 * torch.rand(60, 2, generator=generator)
+    features = torch.cat([torch.ones(60, 1), inputs], dim=1)
+    measured_ms = (2 + inputs.sum(1)) * (1 + 0.5 * (inputs[:, 0] > 5))
+    expected = fit_units(features, inputs, measured_ms, 4)
+
+    class Astray(torch.optim.LBFGS):
+        def step(self, closure):
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Astray)
+    found = fit_units(features, inputs, measured_ms, 4)
+
+    def error(units):
+        shaped = features * learned_factor(units, inputs.double().unbind(1))[:, None]
+        return (shaped @ fit_coefficients(shaped, measured_ms) / measured_ms - 1).abs().mean()
+
+    assert found.isfinite().all()
+    plain = (features @ fit_coefficients(features, measured_ms).float() / measured_ms - 1).abs().mean()
+    assert error(found) < 1.1 * error(expected) + 1e-3 < plain / 2
 
 
 def test_fit_is_deterministic():
