@@ -191,6 +191,8 @@ class JointGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.gradient_checkpointing is None:  # as older releases of transformers leave what is not set
+            self.gradient_checkpointing = False
         self._check_latency_budgets()
         self._check_checkpoints()
         if self.stage1_lr_ratio < 0:
