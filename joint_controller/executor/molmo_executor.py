@@ -619,7 +619,9 @@ class MolmoExecutor:
         config = self.model.config
         num_views = 1 + min(self.knob_space.tier_crops[tier][1], config.max_crops)
         image_bytes = num_views * config.tokens_per_view * self.hidden_size * self.model.dtype.itemsize
-        return max(self.batch_size, self.vision_cache_bytes // image_bytes)
+        # Work for all threads, in any case: two batches each, so that none waits long for another.
+        at_least = self.batch_size if self.device.type == "cuda" else 2 * self.num_workers * self.batch_size
+        return max(at_least, self.vision_cache_bytes // image_bytes)
 
     def _answer_window(
         self, requests: Sequence[ExecutorRequest], positions: Sequence[int], tier: str

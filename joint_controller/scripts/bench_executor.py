@@ -112,9 +112,9 @@ class BenchExecutorArguments:
         default=8, metadata={"help": "Requests of mixed settings that transformers' modules answer one by one."}
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Most requests in a batch. Default: 64 on a GPU, 16 on a CPU."}
+        default=None, metadata={"help": "Most requests in a batch. Default: 128 on a GPU, 16 on a CPU."}
     )
-    max_batch_tokens: int = field(default=65536, metadata={"help": "Most prompt tokens in a batch."})
+    max_batch_tokens: int = field(default=131072, metadata={"help": "Most prompt tokens in a batch."})
     num_workers: int = field(
         default=2, metadata={"help": "Batches that are answered at the same time, each by a thread of its own (CPU)."}
     )
@@ -156,7 +156,7 @@ def main(args: BenchExecutorArguments):
     args = replace(
         args,
         model_path=args.model_path or ("random:molmoe-1b" if is_cuda else "embedded"),
-        batch_size=args.batch_size or (64 if is_cuda else 16),
+        batch_size=args.batch_size or (128 if is_cuda else 16),
     )
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
