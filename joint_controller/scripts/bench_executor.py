@@ -112,14 +112,18 @@ class BenchExecutorArguments:
         default=8, metadata={"help": "Requests of mixed settings that transformers' modules answer one by one."}
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Most requests in a batch. Default: 128 on a GPU, 16 on a CPU."}
+        default=None, metadata={"help": "Most requests in a batch. Default: 128 on a GPU, 32 on a CPU."}
     )
     max_batch_tokens: int = field(default=131072, metadata={"help": "Most prompt tokens in a batch."})
     num_workers: int = field(
         default=2, metadata={"help": "Batches that are answered at the same time, each by a thread of its own (CPU)."}
     )
     num_threads: int | None = field(
-        default=None, metadata={"help": "Threads that share one operation on the CPU. Default: torch's."}
+        default=None,
+        metadata={
+            "help": "Threads that share one operation on the CPU. Default: torch's for a GPU's host, else 1, as the recipes "
+            "have it: operations of the embedded executor are too small to share."
+        },
     )
     max_new_tokens: int = field(default=8, metadata={"help": "Tokens of an answer."})
     grid_repeats: int = field(
@@ -156,10 +160,10 @@ def main(args: BenchExecutorArguments):
     args = replace(
         args,
         model_path=args.model_path or ("random:molmoe-1b" if is_cuda else "embedded"),
-        batch_size=args.batch_size or (128 if is_cuda else 16),
+        batch_size=args.batch_size or (128 if is_cuda else 32),
     )
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+    if args.num_threads is not None or not is_cuda:
+        torch.set_num_threads(args.num_threads or 1)
     started = time.perf_counter()
     executor, stock = _open_executors(args, device)
     console.print(f"{args.model_path} is on {device} after {time.perf_counter() - started:.0f} s.")

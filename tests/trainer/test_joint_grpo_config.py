@@ -27,7 +27,9 @@ def test_is_a_grpo_config_with_all_its_fields(tmp_path):
     config = make_config(tmp_path, loss_type="grpo", beta=0.1, num_iterations=2, save_steps=10, eval_steps=10)
     assert isinstance(config, GRPOConfig)
     assert (config.loss_type, config.beta, config.num_iterations) == ("grpo", 0.1, 2)
-    assert config.gradient_checkpointing is False  # whatever a release of transformers makes of a field that is not set
+    assert (
+        config.gradient_checkpointing is False
+    )  # whatever a release of transformers makes of a field that is not set
 
 
 @pytest.mark.parametrize(
