@@ -91,6 +91,26 @@ def assert_decodes_as_alone(model, prompts, lengths, top_k, active_blocks, kept)
                 decoding.step()
 
 
+@pytest.mark.parametrize("length", [10, 1025, 3000])
+def test_positions_are_turned_as_the_modules_turn_them_however_long_a_prompt_is(tiny_molmo, length):
+    inference = CpuInference(tiny_molmo)
+    cos, sin = tiny_molmo.model.language_model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+    half = cos.shape[-1] // 2
+    torch.testing.assert_close(inference.turns(length)[:length], torch.complex(cos[0, :, :half], sin[0, :, :half]))
+
+
+def test_the_last_block_of_a_prompt_computes_its_last_token_only(tiny_molmo, monkeypatch):
+    inference, rows = CpuInference(tiny_molmo), []
+    for block in inference.blocks:
+        finish = block.finish
+        monkeypatch.setattr(
+            block, "finish", lambda hidden, *args, f=finish: rows.append(len(hidden)) or f(hidden, *args)
+        )
+    inference.prefill(random_prompts(tiny_molmo, [25, 14]), 2, [[0, 1, 3], [0, 1]])
+    # 39 tokens, rounded; the first prompt's and a last token; a last token
+    assert rows == [40, 32, 1]
+
+
 def test_a_block_of_short_prompts_decodes_beside_long_ones(tiny_molmo):
     # The last block runs for the short prompt alone, so that its cache starts with much less room than the others'.
     prompts = random_prompts(tiny_molmo, [13, 90])

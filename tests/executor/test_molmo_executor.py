@@ -159,6 +159,38 @@ def test_batches_are_handed_out_as_they_are_done(tiny_molmo, tiny_processor, kno
     assert Counter(output for batch in batches for output in batch) == Counter(outputs)
 
 
+def test_batches_of_the_fast_mode_hold_requests_of_the_same_blocks_and_experts(executor, images):
+    settings = [KnobSetting("low", top_k, num_blocks) for top_k in (1, 4) for num_blocks in (2, 4)]
+    requests = [
+        ExecutorRequest(f"sample{index}", image, QUESTIONS[index], "vqa2", setting)
+        for index, image in enumerate(images[:4])
+        for setting in settings
+    ]
+    batches = []
+    executor.run(requests, on_batch=batches.append)
+    assert executor.mode == "onednn" and [len(batch) for batch in batches] == [4] * 4
+    assert all(len({output.setting for output in batch}) == 1 for batch in batches)
+
+
+def test_a_window_has_batches_for_all_workers_however_few_images_are_kept(
+    tiny_molmo, tiny_processor, knob_space, images, monkeypatch
+):
+    executor = MolmoExecutor(
+        tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, batch_size=1, num_workers=2, vision_cache_bytes=0
+    )
+    windows, encode = [], executor.encode
+    monkeypatch.setattr(
+        executor, "encode", lambda samples, tier: windows.append(len(samples)) or encode(samples, tier)
+    )
+    executor.run(
+        [
+            ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", knob_space.cheapest)
+            for index, image in enumerate(images)
+        ]
+    )
+    assert windows == [4, 1]
+
+
 def test_an_image_is_encoded_once_for_each_tier(tiny_molmo, tiny_processor, knob_space, requests, monkeypatch):
     executor = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, mode="plain")
     views = []
