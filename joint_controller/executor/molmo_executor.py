@@ -112,8 +112,9 @@ class MolmoExecutor:
             `"easy_vqa/train/000012"`), `"default"` for all others. By default, blocks are dropped from the end.
         max_new_tokens (`int`, *optional*, defaults to 16):
             Most tokens of an answer, the end-of-sequence token included.
-        batch_size (`int`, *optional*, defaults to 16):
-            Most prompts that go through the model together.
+        batch_size (`int`, *optional*):
+            Most prompts that go through the model together. Defaults to 64 on a CUDA device (one H200, MolmoE-1B's sizes,
+            requests/s: 91 with 32, 103 with 64, 120 with 128), else to 16.
         num_workers (`int`, *optional*, defaults to 1):
             Batches that are answered at the same time, each by a thread of its own. On a CPU, two threads
             with a batch each beat two threads that share every small operation of one batch. A GPU takes one batch after
@@ -124,8 +125,9 @@ class MolmoExecutor:
         mode (`str`, *optional*):
             How the model is computed: one of `MODES` in `executor.inference`, all of which give the same answers.
             Defaults to the fastest one for the model's device and precision.
-        max_batch_tokens (`int`, *optional*, defaults to 16,384):
-            Most tokens of the prompts that go through the model together, which bounds the memory that they take. A
+        max_batch_tokens (`int`, *optional*):
+            Most tokens of the prompts that go through the model together, which bounds the memory that they take. Defaults
+            to 65,536 on a CUDA device (8 GiB of keys and values at MolmoE-1B's sizes), else to 16,384. A
             batch that does not fit in a GPU's memory all the same is answered in two parts, with a warning.
 
     Raises:
@@ -149,12 +151,15 @@ class MolmoExecutor:
         knob_space: KnobSpace | None = None,
         importance: Mapping[int, float] | BlockSelection | Mapping[str, BlockSelection] | None = None,
         max_new_tokens: int = 16,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         num_workers: int = 1,
         vision_cache_bytes: int | None = None,
         mode: str | None = None,
-        max_batch_tokens: int = 16384,
+        max_batch_tokens: int | None = None,
     ):
+        is_cuda = model.device.type == "cuda"
+        batch_size = (64 if is_cuda else 16) if batch_size is None else batch_size
+        max_batch_tokens = (2**16 if is_cuda else 2**14) if max_batch_tokens is None else max_batch_tokens
         counts = {
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
@@ -165,7 +170,7 @@ class MolmoExecutor:
             if value < 1:
                 raise ValueError(f"`{name}` is {value}: give 1 or more.")
         if vision_cache_bytes is None:
-            vision_cache_bytes = 2**31 if model.device.type == "cuda" else 2**29
+            vision_cache_bytes = 2**31 if is_cuda else 2**29
         if vision_cache_bytes < 0:
             raise ValueError(f"`vision_cache_bytes` is {vision_cache_bytes}: give 0 (keep nothing) or more.")
         if processor.tokenizer.eos_token_id is None:
