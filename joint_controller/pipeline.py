@@ -33,7 +33,7 @@ class BudgetedAnswer:
             Estimated latency of the request at batch 1, in ms.
         latency_budget_ms (`float`):
             The budget, in ms.
-        is_guaranteed (`bool`, *optional*):
+        fits_budget (`bool`, *optional*):
             With a guardrail, whether the setting was predicted to fit the budget; if not, none was, and the cheapest one
             was taken. `None` without a guardrail.
     """
@@ -42,7 +42,7 @@ class BudgetedAnswer:
     setting: KnobSetting
     latency_ms: float
     latency_budget_ms: float
-    is_guaranteed: bool | None = None
+    fits_budget: bool | None = None
 
 
 class JointPipeline:
@@ -176,7 +176,7 @@ class JointPipeline:
         # A name of its own: the executor keeps encoded images under it.
         sample_id = f"request-{next(self._numbers)}"
         request = ExecutorRequest(sample_id, image, question, style, self.executor.knob_space.cheapest)
-        setting, is_guaranteed = self._choose(request, latency_budget_ms)
+        setting, fits_budget = self._choose(request, latency_budget_ms)
         [output] = self.executor.run([replace(request, setting=setting)])
         outcome = Outcome(
             sample_id=output.sample_id,
@@ -189,18 +189,18 @@ class JointPipeline:
             output_tokens=output.output_tokens,
         )
         latency_ms = predict_latency_ms(self.latency_estimator, [outcome]).item()
-        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms, is_guaranteed)
+        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms, fits_budget)
 
     def _choose(self, request: ExecutorRequest, latency_budget_ms: float) -> tuple[KnobSetting, bool | None]:
         config, space = self._controller.controller.config, self.executor.knob_space
-        fits = is_guaranteed = None
+        fits = fits_budget = None
         if self._guardrail is not None:
             predicted_ms = self._guardrail.predict_latency_ms([request])
-            [fits], [is_guaranteed] = settings_that_fit(predicted_ms, latency_budget_ms)
-            is_guaranteed = is_guaranteed.item()
+            [fits], [fits_budget] = settings_that_fit(predicted_ms, latency_budget_ms)
+            fits_budget = fits_budget.item()
         question = self.executor.question_features([request.question]) if config.sees_question else None
         tier_index = self._controller.choose_tier(question, latency_budget_ms, fits)
         tier = space.values["tier"][tier_index]
         # Encoded here, the image is found again when the request is answered.
         vision = self.executor.vision_features([request], tier) if config.sees_image else None
-        return space.setting((tier_index, *self._controller.choose_depth(vision))), is_guaranteed
+        return space.setting((tier_index, *self._controller.choose_depth(vision))), fits_budget

@@ -96,17 +96,17 @@ def test_guardrail_takes_the_likeliest_setting_that_is_predicted_to_fit(controll
             key=lambda setting: (setting.top_k == 8) + (setting.num_blocks == 8),
         )
         found = pipeline(row["image"], row["question"], latency_budget_ms=budget)
-        assert found.is_guaranteed is True and found.setting == likeliest and found.latency_ms <= budget
+        assert found.fits_budget is True and found.setting == likeliest and found.latency_ms <= budget
         chosen.add(found.setting)
     assert len(chosen) > 3 and wanted in chosen
     assert {setting.tier for setting in chosen} == {"low", "medium"}
     # Nothing fits: the cheapest setting, and the answer says so.
     found = pipeline(row["image"], row["question"], latency_budget_ms=0.99 * cheapest)
-    assert found.is_guaranteed is False and found.setting == executor.knob_space.cheapest
+    assert found.fits_budget is False and found.setting == executor.knob_space.cheapest
     controller = JointControllerModel.from_pretrained(controller_path)
     without = JointPipeline(controller, executor, pipeline.latency_estimator)
     found = without(row["image"], row["question"], latency_budget_ms=cheapest)
-    assert found.is_guaranteed is None and found.setting == wanted
+    assert found.fits_budget is None and found.setting == wanted
 
 
 def test_a_guardrail_that_cannot_promise_is_refused(controller_path):

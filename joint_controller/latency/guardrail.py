@@ -31,7 +31,7 @@ class Guardrail:
 
     ```python
     >>> guardrail = Guardrail(latency_estimator, executor)
-    >>> fits, is_guaranteed = settings_that_fit(guardrail.predict_latency_ms([request]), latency_budget_ms=60)
+    >>> fits, fits_budget = settings_that_fit(guardrail.predict_latency_ms([request]), latency_budget_ms=60)
     >>> tier_index = request_controller.choose_tier(question_features, 60, fits[0])
     ```
     """
@@ -109,6 +109,6 @@ def settings_that_fit(latency_ms: torch.Tensor, latency_budget_ms: float) -> tup
         the cheapest one alone; and of shape `(n,)`, whether any fits.
     """
     fits = latency_ms <= latency_budget_ms
-    is_guaranteed = fits.flatten(1).any(dim=1)
-    fits[:, 0, 0, 0] |= ~is_guaranteed
-    return fits, is_guaranteed
+    fits_budget = fits.flatten(1).any(dim=1)
+    fits[:, 0, 0, 0] |= ~fits_budget
+    return fits, fits_budget

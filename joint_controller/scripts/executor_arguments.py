@@ -41,10 +41,9 @@ class ExecutorArguments:
         default=None,
         metadata={
             "help": "Folder, Hub name or shipped name of a latency estimator, or a best_latency_estimator.pt of the original "
-            "scripts; "
-            "`fit` measures the executor on this machine and fits one first (about a minute). By default the one that ships "
-            "with the package: for the embedded executor (measured on one thread of a CPU), and for MolmoE-1B on a GPU that "
-            "it was measured on (NVIDIA H200)."
+            "scripts; `fit` measures the executor on this machine and fits one first (about a minute). By default the one "
+            "that ships with the package: for the embedded executor (measured on one thread of a CPU), and for MolmoE-1B on a "
+            "GPU that it was measured on (NVIDIA H200)."
         },
     )
     tiers: list[str] | None = field(

@@ -72,17 +72,17 @@ def test_latencies_are_those_of_every_setting_of_the_encoded_request(executor, e
 def test_what_fits_is_what_is_predicted_below_the_budget(executor, estimator):
     latency_ms = Guardrail(estimator, executor).predict_latency_ms(make_requests())
     budget = latency_ms[0].median().item()
-    fits, is_guaranteed = settings_that_fit(latency_ms, budget)
+    fits, fits_budget = settings_that_fit(latency_ms, budget)
     for row, mask in enumerate(fits):
         for setting in SPACE:
             assert mask[SPACE.indices(setting)] == (latency_ms[row][SPACE.indices(setting)] <= budget)
-    assert is_guaranteed.all() and 0 < fits.double().mean() < 1
+    assert fits_budget.all() and 0 < fits.double().mean() < 1
     # A budget that not even the cheapest setting of some requests keeps.
     cheapest = latency_ms[:, 0, 0, 0]
     assert (cheapest == latency_ms.flatten(1).amin(1)).all()
-    fits, is_guaranteed = settings_that_fit(latency_ms, cheapest.median().item())
-    assert is_guaranteed.tolist() == (cheapest <= cheapest.median()).tolist() and not is_guaranteed.all()
-    for mask in fits[~is_guaranteed]:
+    fits, fits_budget = settings_that_fit(latency_ms, cheapest.median().item())
+    assert fits_budget.tolist() == (cheapest <= cheapest.median()).tolist() and not fits_budget.all()
+    for mask in fits[~fits_budget]:
         assert mask.nonzero().tolist() == [[0, 0, 0]]
 
 
