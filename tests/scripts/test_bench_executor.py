@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from joint_controller import MolmoExecutor
+from joint_controller.executor import MolmoExecutor
 from joint_controller.scripts.bench_executor import MOLMOE_CASES, BenchExecutorArguments, main
 
 
