@@ -226,8 +226,14 @@ class _RMSNorm:
         return cls(norm.weight, norm.variance_epsilon)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        lengths = torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), self.epsilon)
-        return states.div(lengths).mul_(self.weight)
+        return states.div(self._lengths(states)).mul_(self.weight)
+
+    def apply_(self, states: torch.Tensor) -> torch.Tensor:
+        """As the call, but in place."""
+        return states.div_(self._lengths(states)).mul_(self.weight)
+
+    def _lengths(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), self.epsilon)
 
 
 class _Block:
@@ -264,33 +270,45 @@ class _Block:
         self.gate_up = [PackedLinear(weight) for weight in mlp.experts.gate_up_proj]
         self.down = [PackedLinear(weight) for weight in mlp.experts.down_proj]
 
-    def project(self, hidden: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of tokens, `(tokens, heads, d)` each; `turns` `(tokens, 1, d / 2)` are their positions'."""
-        query_key, value = self.qkv(self.input_norm(hidden)).split([sum(self.sizes[:2]), self.sizes[2]], dim=-1)
+    def project(self, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """
+        Queries, keys and values of tokens, beside one another: `(tokens, width of all three)`. `turns` `(tokens, 1, d / 2)`
+        are those of their positions.
+        """
+        # In place from here on: a prompt's are megabytes, and memory that is new to the process costs more than a product.
+        qkv = self.qkv(self.input_norm(hidden))
+        query_key = qkv[:, : sum(self.sizes[:2])]
         if len(self.norms) == 1:
-            query_key = self._turned(query_key.unflatten(-1, (2, -1)), self.norms[0], turns)
-            query, key = query_key.chunk(2, dim=1)
+            self.norms[0].apply_(query_key.unflatten(-1, (2, -1)))
         else:
-            query, key = (
-                self._turned(states, norm, turns)
-                for states, norm in zip(query_key.split(self.sizes[:2], dim=-1), self.norms, strict=True)
-            )
-        value = value if self.clip_qkv is None else value.clamp(-self.clip_qkv, self.clip_qkv)
-        return query, key, value.unflatten(-1, (-1, self.head_size))
-
-    def _turned(self, states: torch.Tensor, norm: _RMSNorm, turns: torch.Tensor) -> torch.Tensor:
-        states = norm(states)
+            for states, norm in zip(query_key.split(self.sizes[:2], dim=-1), self.norms, strict=True):
+                norm.apply_(states)
         if self.clip_qkv is not None:
-            states = states.clamp_(-self.clip_qkv, self.clip_qkv)
-        pairs = torch.view_as_complex(states.view(len(states), -1, self.head_size // 2, 2))
-        return torch.view_as_real(pairs * turns).flatten(-2)
+            qkv.clamp_(-self.clip_qkv, self.clip_qkv)
+        torch.view_as_complex(query_key.unflatten(-1, (-1, self.head_size // 2, 2))).mul_(turns)
+        return qkv
+
+    def query(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Queries by head, `(..., heads, d)`, of what [`project`] gives."""
+        return qkv[..., : self.sizes[0]].unflatten(-1, (-1, self.head_size))
+
+    def key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values by head, `(..., heads, d)` each, of what [`project`] gives, or of its part that is kept."""
+        key, value = states.split([states.shape[-1] - self.sizes[2], self.sizes[2]], dim=-1)
+        return key[..., -self.sizes[1] :].unflatten(-1, (-1, self.head_size)), value.unflatten(
+            -1, (-1, self.head_size)
+        )
+
+    def kept(self, qkv: torch.Tensor) -> torch.Tensor:
+        """The part of what [`project`] gives that later tokens need: `(..., keys and values)`."""
+        return qkv[..., self.sizes[0] :]
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
         """
-        What follows attention, whose result is `attended` `(tokens, width)`. `top_k` is one number for all tokens, or one
-        for each, `(tokens,)`.
+        What follows attention, whose result is `attended` `(tokens, width)`: in place. `top_k` is one number for all
+        tokens, or one for each, `(tokens,)`.
         """
-        hidden = self.out(attended).add_(hidden)
+        hidden.add_(self.out(attended))
         return self._add_experts(hidden, self.post_norm(hidden), top_k)
 
     def _add_experts(self, hidden: torch.Tensor, normed: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
@@ -309,7 +327,8 @@ class _Block:
         # Sorted by expert, the tokens of each lie together. A few experts at a time, so that what is computed in between
         # stays in the processor's cache.
         experts, order = experts.flatten().sort()
-        tokens, weights, counts = self._filled_up(experts, order // most, weights.flatten()[order])
+        weights = weights.flatten().index_select(0, order)
+        tokens, weights, counts = self._filled_up(experts, order // most, weights)
         for first, last, start, stop in _groups(counts):
             some = tokens[start:stop]
             parts = normed.index_select(0, some).split(counts[first:last])
@@ -331,7 +350,7 @@ class _Block:
         if rounded == counts:
             return tokens[:num_asked], weights[:num_asked], counts
         shift = torch.tensor([0, *itertools.accumulate(map(operator.sub, rounded, counts))])
-        places = torch.arange(num_asked) + shift[experts[:num_asked]]
+        places = torch.arange(num_asked) + shift.index_select(0, experts[:num_asked])
         filled = tokens.new_zeros(sum(rounded)).index_copy_(0, places, tokens[:num_asked])
         return filled, weights.new_zeros(sum(rounded)).index_copy_(0, places, weights[:num_asked]), rounded
 
@@ -349,30 +368,30 @@ class _Block:
 @dataclass
 class _BlockCache:
     """
-    Keys and values of a block, `(rows, L, heads, d)`, and the rows of the batch that they are of, `(rows,)`: those whose
-    answers the block takes part in. `rows` is `None` where these are all.
+    Keys and values of a block, beside one another, `(rows, L, keys and values)`, and the rows of the batch that they are
+    of, `(rows,)`: those whose answers the block takes part in. `rows` is `None` where these are all.
     """
 
     rows: torch.Tensor | None
-    keys: torch.Tensor
-    values: torch.Tensor
+    states: torch.Tensor
 
     def make_room(self, length: int) -> None:
         """Makes it hold at least `length` positions."""
-        if self.keys.shape[1] < length:
+        if self.states.shape[1] < length:
             # More than asked for, so that not every step copies the cache.
-            room = (0, 0, 0, 0, 0, length + length // 8 + CACHE_ROOM - self.keys.shape[1])
-            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+            self.states = F.pad(self.states, (0, 0, 0, length + length // 8 + CACHE_ROOM - self.states.shape[1]))
 
-    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes a key and a value of each row, `(rows, heads, d)`, at its position, `(rows,)`."""
+    def write(self, positions: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes keys and values of a token of each row, `(rows, keys and values)`, at its position, `(rows,)`."""
         if len(positions) == 1:
-            position = int(positions)
-            self.keys[0, position], self.values[0, position] = keys[0], values[0]
+            self.states[0, int(positions)] = states[0]
         else:
-            places = positions + torch.arange(len(positions)) * self.keys.shape[1]
-            self.keys.flatten(0, 1).index_copy_(0, places, keys)
-            self.values.flatten(0, 1).index_copy_(0, places, values)
+            places = positions + torch.arange(len(positions)) * self.states.shape[1]
+            self.states.flatten(0, 1).index_copy_(0, places, states)
+
+    def keep(self, entries: torch.Tensor, rows: torch.Tensor | None) -> "_BlockCache":
+        """These entries, `(kept,)`, which are of the batch's rows `rows` from now on."""
+        return _BlockCache(rows, self.states.index_select(0, entries))
 
 
 class _Span:
@@ -387,38 +406,39 @@ class _Span:
             The prompts that the block runs for, ascending.
         ending (`frozenset[int]`):
             Those of them that end with it.
+        top_k (`torch.Tensor` of shape `(batch size,)`):
+            Experts per token of each prompt of the batch.
 
     Attributes:
-        inputs (`torch.Tensor`):
-            Places of the prompts' tokens among all, then others' so that a product has the rows that it should have.
-        outputs (`torch.Tensor`):
-            Which of the inputs are computed to the end, as places among the inputs, with others in the same way.
-        num_inputs, num_outputs (`int`):
-            How many there are without these others.
+        inputs (`torch.Tensor` or `None`):
+            Places of the prompts' tokens among all, then others' so that a product has the rows that it should have. `None`
+            where they are all there are.
+        written (`torch.Tensor` or `None`):
+            Places of those of them that are computed to the end, with others in the same way, or `None`.
+        top_k (`int` or `torch.Tensor`):
+            Experts of each of these, or of all of them.
     """
 
-    def __init__(self, lengths: list[int], rows: tuple[int, ...], ending: frozenset[int]):
+    def __init__(self, lengths: list[int], rows: tuple[int, ...], ending: frozenset[int], top_k: torch.Tensor):
         starts = list(itertools.accumulate(lengths, initial=0))
         self.rows = rows
         self.lengths = [lengths[row] for row in rows]
         self.is_ending = [row in ending for row in rows]
-        self.inputs = _filled(torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows]))
         self.num_inputs = sum(self.lengths)
-        stops = list(itertools.accumulate(self.lengths))
-        self.outputs = _filled(
-            torch.cat(
-                [
-                    torch.arange(stop - (1 if is_ending else length), stop)
-                    for stop, length, is_ending in zip(stops, self.lengths, self.is_ending, strict=True)
-                ]
-            )
-        )
-        self.num_outputs = sum(
-            1 if is_ending else length for length, is_ending in zip(self.lengths, self.is_ending, strict=True)
-        )
+        firsts = [starts[row + 1] - 1 if row in ending else starts[row] for row in rows]
+        num_written = [starts[row + 1] - first for row, first in zip(rows, firsts, strict=True)]
+        self.num_written = sum(num_written)
+        is_all = len(rows) == len(lengths)
+        self.inputs = None if is_all else _filled(_ranges([starts[row] for row in rows], self.lengths))
+        self.written = None if is_all and not ending else _filled(_ranges(firsts, num_written))
+        num_filled = _rounded(self.num_written) - self.num_written
+        of_rows = top_k[list(rows)]
+        self.top_k = _same(of_rows)
+        if not isinstance(self.top_k, int):
+            self.top_k = F.pad(of_rows.repeat_interleave(torch.tensor(num_written)), (0, num_filled), value=1)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal attention within each prompt: of inputs, `(inputs, heads, d)` each, for outputs, `(outputs, width)`."""
+        """Causal attention within each prompt: of inputs, `(inputs, heads, d)` each, for what is written, `(written, width)`."""
         attended = []
         parts = (states[: self.num_inputs].split(self.lengths) for states in (query, key, value))
         for *states, is_ending in zip(*parts, self.is_ending, strict=True):
@@ -427,21 +447,16 @@ class _Span:
             # The last token sees all others.
             found = F.scaled_dot_product_attention(one, keys, values, is_causal=not is_ending, enable_gqa=True)
             attended.append(found[0].transpose(0, 1))
-        attended.append(query.new_zeros(len(self.outputs) - self.num_outputs, *query.shape[1:]))
+        attended.append(query.new_zeros(_rounded(self.num_written) - self.num_written, *query.shape[1:]))
         return torch.cat(attended).flatten(1)
 
-    def cache(self, keys: torch.Tensor, values: torch.Tensor, num_rows: int) -> _BlockCache:
-        """The keys and values of inputs, `(inputs, heads, d)` each, of a batch of `num_rows` prompts."""
-        room = max(self.lengths) + CACHE_ROOM
-        starts = range(0, len(self.rows) * room, room)
-        places = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)])
-        keys, values = (
-            states.new_zeros(len(self.rows) * room, *states.shape[1:])
-            .index_copy_(0, places, states[: self.num_inputs])
-            .unflatten(0, (-1, room))
-            for states in (keys, values)
-        )
-        return _BlockCache(None if len(self.rows) == num_rows else torch.tensor(self.rows), keys, values)
+    def cache(self, states: torch.Tensor, num_rows: int) -> _BlockCache:
+        """What is kept of inputs, `(inputs, keys and values)`, of a batch of `num_rows` prompts."""
+        kept = states.new_empty(len(self.rows), max(self.lengths) + CACHE_ROOM, states.shape[-1])
+        for row, some in zip(kept, states[: self.num_inputs].split(self.lengths), strict=True):
+            row[: len(some)] = some
+            row[len(some) :] = 0.0
+        return _BlockCache(None if len(self.rows) == num_rows else torch.tensor(self.rows), kept)
 
 
 class CpuDecoding:
@@ -466,35 +481,31 @@ class CpuDecoding:
         model = self.inference.model.model
         embedded = model.language_model.embed_tokens(prompts["input_ids"])
         embedded = model.place_image_features(embedded, prompts["image_features"], prompts["image_input_idx"])
-        hidden = embedded[prompts["attention_mask"].bool()]  # (tokens, width): prompts end to end, without padding
+        # (tokens, width): prompts end to end, without padding, and a few more for a product's sake.
+        (tokens,) = prompts["attention_mask"].flatten().nonzero(as_tuple=True)
+        hidden = embedded.flatten(0, 1).index_select(0, _filled(tokens))
         lengths = self._lengths.tolist()
         positions = torch.cat([torch.arange(length) for length in lengths])
+        positions = F.pad(positions, (0, len(hidden) - len(positions)))
         turns = self.inference.turns(max(lengths)).index_select(0, positions)[:, None]
-        row_of_token = torch.arange(len(lengths)).repeat_interleave(self._lengths)
         spans: dict[tuple, _Span] = {}
         for block in sorted(set().union(*active_blocks)):
             rows = tuple(row for row, blocks in enumerate(active_blocks) if block in blocks)
             ending = frozenset(row for row in rows if active_blocks[row][-1] == block)
             if (rows, ending) not in spans:
-                spans[rows, ending] = _Span(lengths, rows, ending)
+                spans[rows, ending] = _Span(lengths, rows, ending, self._top_k)
             span, layer = spans[rows, ending], self.inference.blocks[block]
-            inputs = hidden.index_select(0, span.inputs)
-            query, key, value = layer.project(inputs, turns.index_select(0, span.inputs))
-            self._cache[block] = span.cache(key, value, len(lengths))
-            written = span.inputs[span.outputs]
-            outputs = layer.finish(
-                hidden.index_select(0, written),
-                span.attend(query, key, value),
-                self._top_k_of(row_of_token[written]),
-            )
-            hidden.index_copy_(0, written[: span.num_outputs], outputs[: span.num_outputs])
+            qkv = layer.project(_selected(hidden, span.inputs), _selected(turns, span.inputs))
+            self._cache[block] = span.cache(layer.kept(qkv), len(lengths))
+            attended = span.attend(layer.query(qkv), *layer.key_value(qkv))
+            outputs = layer.finish(_selected(hidden, span.written), attended, span.top_k)
+            if span.written is not None:
+                hidden.index_copy_(0, span.written[: span.num_written], outputs[: span.num_written])
         self._predict(hidden[self._lengths.cumsum(0) - 1])
 
     def _top_k_of(self, rows: torch.Tensor) -> int | torch.Tensor:
-        """Experts of tokens that belong to the given rows."""
-        top_k = self._top_k[rows]
-        most = int(top_k.max())
-        return most if int(top_k.min()) == most else top_k
+        """Experts of the given rows."""
+        return _same(self._top_k[rows])
 
     def _predict(self, hidden: torch.Tensor) -> None:
         self.logits = self.inference.lm_head(self.inference.norm(hidden))
@@ -530,13 +541,14 @@ class CpuDecoding:
         top_k: int | torch.Tensor,
     ) -> torch.Tensor:
         layer, cache = self.inference.blocks[block], self._cache[block]
-        query, key, value = layer.project(hidden, turns)
-        cache.write(positions, key, value)
+        qkv = layer.project(hidden, turns)
+        cache.write(positions, layer.kept(qkv))
         longest = int(positions.max()) + 1 if mask is None else mask.shape[-1]
+        key, value = layer.key_value(cache.states[:, :longest])
         attended = F.scaled_dot_product_attention(
-            query[:, :, None],
-            cache.keys[:, :longest].transpose(1, 2),
-            cache.values[:, :longest].transpose(1, 2),
+            layer.query(qkv)[:, :, None],
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attn_mask=mask,
             enable_gqa=True,
         )
@@ -547,7 +559,7 @@ class CpuDecoding:
         place_of = {row: place for place, row in enumerate(rows)}
         for block, cache in list(self._cache.items()):
             if cache.rows is None:
-                self._cache[block] = _BlockCache(None, cache.keys[kept], cache.values[kept])
+                self._cache[block] = cache.keep(kept, None)
                 continue
             entry_of = {row: entry for entry, row in enumerate(cache.rows.tolist()) if row in place_of}
             if not entry_of:
@@ -556,8 +568,7 @@ class CpuDecoding:
             # Entries follow the new order of the rows.
             ordered = sorted(entry_of, key=place_of.get)
             entries = torch.tensor([entry_of[row] for row in ordered])
-            new_rows = _where([row in entry_of for row in rows])
-            self._cache[block] = _BlockCache(new_rows, cache.keys[entries], cache.values[entries])
+            self._cache[block] = cache.keep(entries, _where([row in entry_of for row in rows]))
         self._lengths, self._top_k = self._lengths[kept], self._top_k[kept]
         self.logits, self.tokens = self.logits[kept], self.tokens[kept]
 
@@ -574,6 +585,22 @@ def _groups(counts: list[int]) -> Iterator[tuple[int, int, int, int]]:
             first, start = expert, stop
         stop += count
     yield first, len(counts), start, stop
+
+
+def _same(numbers: torch.Tensor) -> int | torch.Tensor:
+    """The number that they all are, or the numbers."""
+    most = int(numbers.max())
+    return most if int(numbers.min()) == most else numbers
+
+
+def _selected(states: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """The states at the given places, or, where there are none, the states themselves."""
+    return states if places is None else states.index_select(0, places)
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    """Ranges of numbers, one behind the other."""
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
 
 
 def _where(is_in: list[bool]) -> torch.Tensor | None:

@@ -269,6 +269,10 @@ class MolmoExecutor:
                     f"cannot be {unavailable[0]}: score more blocks, or use values of {len(required)} or more."
                 )
         self._knob_space = knob_space
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """Drops the encoded images that are kept for further requests about them."""
         self._encoded.clear()
         self._encoded_bytes = 0
         self._features_of_image.clear()
@@ -608,38 +612,48 @@ class MolmoExecutor:
 
         outputs: dict[int, ExecutorOutput] = {}
         with tqdm(total=len(requests), desc="Answering", unit="request", disable=None if progress else True) as bar:
-            for tier, positions_of in by_tier.items():
-                samples = list(positions_of)
-                # As many images as fit in the cache are answered at all their settings before the next are encoded.
-                window = self._images_in_cache(tier)
-                for start in range(0, len(samples), window):
-                    positions = [p for sample_id in samples[start : start + window] for p in positions_of[sample_id]]
-                    for batch in self._answer_window(requests, positions, tier):
-                        outputs.update(batch)
-                        bar.update(len(batch))
-                        if on_batch is not None:
-                            on_batch(list(batch.values()))
+            for window in self._windows(by_tier):
+                for batch in self._answer_window(requests, window):
+                    outputs.update(batch)
+                    bar.update(len(batch))
+                    if on_batch is not None:
+                        on_batch(list(batch.values()))
         return [outputs[position] for position in range(len(requests))]
 
-    def _images_in_cache(self, tier: str) -> int:
+    def _windows(self, by_tier: Mapping[str, Mapping[str, list[int]]]) -> Iterator[dict[str, list[int]]]:
+        """
+        Positions by tier and sample, in parts: as many images as fit in the cache are answered at all their settings
+        before the next are encoded.
+        """
         config = self.model.config
-        num_views = 1 + min(self.knob_space.tier_crops[tier][1], config.max_crops)
-        image_bytes = num_views * config.tokens_per_view * self.hidden_size * self.model.dtype.itemsize
         # Work for all threads, in any case: two batches each, so that none waits long for another.
         at_least = self.batch_size if self.device.type == "cuda" else 2 * self.num_workers * self.batch_size
-        return max(at_least, self.vision_cache_bytes // image_bytes)
+        window: dict[str, list[int]] = {}
+        num_images = num_bytes = 0
+        for tier, positions_of in by_tier.items():
+            num_views = 1 + min(self.knob_space.tier_crops[tier][1], config.max_crops)
+            image_bytes = num_views * config.tokens_per_view * self.hidden_size * self.model.dtype.itemsize
+            for positions in positions_of.values():
+                if num_images >= at_least and num_bytes + image_bytes > self.vision_cache_bytes:
+                    yield window
+                    window, num_images, num_bytes = {}, 0, 0
+                window.setdefault(tier, []).extend(positions)
+                num_images += 1
+                num_bytes += image_bytes
+        if window:
+            yield window
 
     def _answer_window(
-        self, requests: Sequence[ExecutorRequest], positions: Sequence[int], tier: str
+        self, requests: Sequence[ExecutorRequest], window: Mapping[str, list[int]]
     ) -> Iterator[dict[int, ExecutorOutput]]:
-        """Answers the requests at the given positions, all of one tier, and yields the outputs of each batch."""
-        encoded = dict(zip(positions, self.encode([requests[p] for p in positions], tier), strict=True))
-        blocks = {
-            p: tuple(self.active_blocks(requests[p].setting.num_blocks, requests[p].sample_id)) for p in positions
-        }
+        """Answers the requests at a window's positions, which are listed by tier, and yields the outputs of each batch."""
+        encoded: dict[int, EncodedSample] = {}
+        for tier, positions in window.items():
+            encoded.update(zip(positions, self.encode([requests[p] for p in positions], tier), strict=True))
+        blocks = {p: tuple(self.active_blocks(requests[p].setting.num_blocks, requests[p].sample_id)) for p in encoded}
         # What shares a batch: prompts of similar length, or first of all those of the same blocks and experts.
         positions = sorted(
-            positions,
+            encoded,
             key=lambda p: (
                 (blocks[p], requests[p].setting.top_k) if self._inference.prefers_same_settings else (),
                 len(encoded[p].input_ids),
@@ -676,6 +690,8 @@ class MolmoExecutor:
             top_k = None if knobs is None else knobs[0].top_k
             rounds.setdefault(top_k, []).extend(self._batches(members, encoded))
         for top_k, batches in rounds.items():
+            # The longest first, so that at the end no thread is left alone with one.
+            batches.sort(key=lambda batch: -sum(len(blocks[p]) * len(encoded[p].input_ids) for p in batch))
             # The modules' routers keep their number of experts as an attribute, so threads work on one `top_k` at a time.
             with (
                 self.model.model.language_model.experts_per_token(top_k),

@@ -136,6 +136,7 @@ def measure_agreement(
     step = torch.finfo(executor.model.dtype).eps
     alone, batched, control = (Comparison(step) for _ in range(3))
     answers = _tokens_in_batches(executor, requests, seed)
+    executor.forget_images()  # those were encoded several at a time
     for request, in_batch in zip(
         tqdm(requests, desc="Comparing answers", unit="request", disable=None), answers, strict=True
     ):
