@@ -298,16 +298,14 @@ class _Block:
         """Queries by head, `(..., heads, d)`, of what [`project`] gives."""
         return qkv[..., : self.sizes[0]].unflatten(-1, (-1, self.head_size))
 
-    def key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values by head, `(..., heads, d)` each, of what [`project`] gives, or of its part that is kept."""
-        key, value = states.split([states.shape[-1] - self.sizes[2], self.sizes[2]], dim=-1)
-        return key[..., -self.sizes[1] :].unflatten(-1, (-1, self.head_size)), value.unflatten(
-            -1, (-1, self.head_size)
-        )
-
     def kept(self, qkv: torch.Tensor) -> torch.Tensor:
         """The part of what [`project`] gives that later tokens need: `(..., keys and values)`."""
         return qkv[..., self.sizes[0] :]
+
+    def key_value(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values by head, `(..., heads, d)` each, of what is kept."""
+        key, value = kept.split(self.sizes[1:], dim=-1)
+        return key.unflatten(-1, (-1, self.head_size)), value.unflatten(-1, (-1, self.head_size))
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
         """
@@ -530,16 +528,13 @@ class CpuDecoding:
                 spans[rows, ending] = _Span(lengths, rows, ending, self._top_k)
             span, layer = spans[rows, ending], self.inference.blocks[block]
             qkv = layer.project(_selected(hidden, span.inputs), _selected(turns, span.inputs))
-            self._cache[block] = span.cache(layer.kept(qkv), len(lengths), self.inference.spare_memory)
-            attended = span.attend(layer.query(qkv), *layer.key_value(qkv))
+            kept = layer.kept(qkv)
+            self._cache[block] = span.cache(kept, len(lengths), self.inference.spare_memory)
+            attended = span.attend(layer.query(qkv), *layer.key_value(kept))
             outputs = layer.finish(_selected(hidden, span.written), attended, span.top_k)
             if span.written is not None:
                 hidden.index_copy_(0, span.written[: span.num_written], outputs[: span.num_written])
         self._predict(hidden[self._lengths.cumsum(0) - 1])
-
-    def _top_k_of(self, rows: torch.Tensor) -> int | torch.Tensor:
-        """Experts of the given rows."""
-        return _same(self._top_k[rows])
 
     def _predict(self, hidden: torch.Tensor) -> None:
         self.logits = self.inference.lm_head(self.inference.norm(hidden))
@@ -552,7 +547,7 @@ class CpuDecoding:
         turns = self.inference.turns(longest).index_select(0, self._lengths)[:, None]
         is_seen = torch.arange(longest) <= self._lengths[:, None]  # (B, longest)
         mask = None if bool(is_seen.all()) else is_seen[:, None, None]
-        top_k = self._top_k_of(torch.arange(len(hidden)))
+        top_k = _same(self._top_k)
         for block, cache in self._cache.items():
             cache.make_room(longest)
             if (some := cache.rows) is None:
@@ -560,7 +555,7 @@ class CpuDecoding:
             else:
                 some_mask = None if mask is None else mask[some]
                 hidden[some] = self._step_block(
-                    block, hidden[some], turns[some], some_mask, self._lengths[some], self._top_k_of(some)
+                    block, hidden[some], turns[some], some_mask, self._lengths[some], _same(self._top_k[some])
                 )
         self._lengths = self._lengths + 1
         self._predict(hidden)
