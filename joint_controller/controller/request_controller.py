@@ -26,7 +26,7 @@ def likeliest_tier(tier_logits: torch.Tensor, fits: torch.Tensor | None = None) 
         `torch.LongTensor` of shape `(n,)`: positions in the knob space.
     """
     if fits is not None:
-        tier_logits = tier_logits.masked_fill(~fits.flatten(2).any(dim=-1), -math.inf)
+        tier_logits = torch.where(fits.flatten(2).any(dim=-1), tier_logits, -math.inf)
     return tier_logits.argmax(dim=-1)
 
 
@@ -47,14 +47,20 @@ def likeliest_depth(
     Returns:
         `torch.LongTensor` of shape `(n, 2)`: positions of top_k and num_blocks in the knob space.
     """
+    best, num_values = _likeliest_pair(top_k_logits, num_blocks_logits, fits), num_blocks_logits.shape[-1]
+    return torch.stack([best // num_values, best % num_values], dim=-1)
+
+
+def _likeliest_pair(
+    top_k_logits: torch.Tensor, num_blocks_logits: torch.Tensor, fits: torch.Tensor | None
+) -> torch.Tensor:
+    """As [`likeliest_depth`], but the positions of the pairs, `(n,)`, among all, those of one top_k beside one another."""
     # The two are independent: the logarithm of a pair's probability is the sum of its logits and a constant. In float64,
     # whose rounding makes no ties, so that the likeliest of all pairs is that of the likeliest values.
     pairs = top_k_logits.double()[:, :, None] + num_blocks_logits.double()[:, None, :]
     if fits is not None:
-        pairs = pairs.masked_fill(~fits, -math.inf)
-    best = pairs.flatten(1).argmax(dim=-1)
-    num_values = num_blocks_logits.shape[-1]
-    return torch.stack([best // num_values, best % num_values], dim=-1)
+        pairs = torch.where(fits, pairs, -math.inf)
+    return pairs.flatten(1).argmax(dim=-1)
 
 
 class RequestController:
@@ -83,8 +89,9 @@ class RequestController:
         self._vision = torch.zeros(1, controller.config.vision_size, **place)
         self._budget_ms = torch.full((1,), controller.config.latency_budget_max_ms, **place)
         self._tier_index = torch.zeros(1, dtype=torch.long, **place)
-        self._depth = torch.zeros(1, 2, dtype=torch.long, **place)
+        self._pair = torch.zeros(1, dtype=torch.long, **place)
         self._fits = torch.ones(controller.knob_space.sizes, dtype=torch.bool, **place)
+        self._fits_are_all = True
         is_on_gpu = controller.device.type == "cuda"
         self._run_stage1 = self._captured(self._stage1) if is_on_gpu else self._stage1
         self._run_stage2 = self._captured(self._stage2) if is_on_gpu else self._stage2
@@ -111,11 +118,12 @@ class RequestController:
             if question_features is not None:
                 self._question.copy_(question_features)
             self._budget_ms.fill_(latency_budget_ms)
-            if fits is None:
-                self._fits.fill_(True)
-            else:
+            if fits is not None:
                 # Copies from ordinary memory are safe without waiting.
                 self._fits.copy_(fits, non_blocking=True)
+            elif not self._fits_are_all:
+                self._fits.fill_(True)
+            self._fits_are_all = fits is None
             self._run_stage1()
             return self._tier_index.item()
 
@@ -135,7 +143,8 @@ class RequestController:
             if vision_features is not None:
                 self._vision.copy_(vision_features)
             self._run_stage2()
-            return tuple(self._depth[0].tolist())
+            # Here and not in the graph, where the two operations would be kernels.
+            return divmod(self._pair.item(), len(self.controller.knob_space.num_blocks))
 
     def _stage1(self) -> None:
         logits = self.controller.stage1(self._question, self._budget_ms)
@@ -143,7 +152,7 @@ class RequestController:
 
     def _stage2(self) -> None:
         logits = self.controller.stage2(self._vision, self._question, self._budget_ms, self._tier_index)
-        self._depth.copy_(likeliest_depth(*logits, self._fits[self._tier_index]))
+        self._pair.copy_(_likeliest_pair(*logits, self._fits[self._tier_index]))
 
     @torch.inference_mode()
     def _captured(self, stage: Callable[[], None]) -> Callable[[], None]:
