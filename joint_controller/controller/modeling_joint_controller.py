@@ -53,7 +53,6 @@ class BudgetEncoder(nn.Module):
 
     def __init__(self, config: JointControllerConfig):
         super().__init__()
-        self.octaves = config.budget_octaves
         self.minimum_ms = config.latency_budget_min_ms
         self.range_ms = config.latency_budget_max_ms - config.latency_budget_min_ms
         self.mlp = nn.Sequential(
@@ -62,11 +61,18 @@ class BudgetEncoder(nn.Module):
             nn.Linear(config.projection_size, config.projection_size),
             nn.GELU(),
         )
+        # Not computed in each call, which would be three kernels of a captured stage.
+        self.register_buffer("frequencies", torch.empty(config.budget_octaves), persistent=False)
+        self.reset_frequencies()
+
+    @torch.no_grad()
+    def reset_frequencies(self) -> None:
+        """Sets the frequencies, which no checkpoint holds: octaves from half a period over the range of budgets up."""
+        init.copy_(self.frequencies, math.pi * 2.0 ** torch.arange(len(self.frequencies)))
 
     def forward(self, latency_budget_ms: torch.Tensor) -> torch.Tensor:
         normalized = (latency_budget_ms - self.minimum_ms) / self.range_ms  # (n,), 0 to 1 over the training range
-        frequencies = math.pi * 2.0 ** torch.arange(self.octaves, device=normalized.device)
-        angles = normalized[:, None].to(frequencies.dtype) * frequencies  # (n, octaves)
+        angles = normalized[:, None].to(self.frequencies.dtype) * self.frequencies  # (n, octaves)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
 
@@ -208,6 +214,8 @@ class JointControllerModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, BudgetEncoder):
+            module.reset_frequencies()
 
     @property
     def knob_space(self) -> KnobSpace:

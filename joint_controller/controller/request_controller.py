@@ -26,7 +26,7 @@ def likeliest_tier(tier_logits: torch.Tensor, fits: torch.Tensor | None = None) 
         `torch.LongTensor` of shape `(n,)`: positions in the knob space.
     """
     if fits is not None:
-        tier_logits = torch.where(fits.flatten(2).any(dim=-1), tier_logits, -math.inf)
+        tier_logits = tier_logits.masked_fill(~fits.flatten(2).any(dim=-1), -math.inf)
     return tier_logits.argmax(dim=-1)
 
 
@@ -47,20 +47,14 @@ def likeliest_depth(
     Returns:
         `torch.LongTensor` of shape `(n, 2)`: positions of top_k and num_blocks in the knob space.
     """
-    best, num_values = _likeliest_pair(top_k_logits, num_blocks_logits, fits), num_blocks_logits.shape[-1]
-    return torch.stack([best // num_values, best % num_values], dim=-1)
-
-
-def _likeliest_pair(
-    top_k_logits: torch.Tensor, num_blocks_logits: torch.Tensor, fits: torch.Tensor | None
-) -> torch.Tensor:
-    """As [`likeliest_depth`], but the positions of the pairs, `(n,)`, among all, those of one top_k beside one another."""
     # The two are independent: the logarithm of a pair's probability is the sum of its logits and a constant. In float64,
     # whose rounding makes no ties, so that the likeliest of all pairs is that of the likeliest values.
     pairs = top_k_logits.double()[:, :, None] + num_blocks_logits.double()[:, None, :]
     if fits is not None:
-        pairs = torch.where(fits, pairs, -math.inf)
-    return pairs.flatten(1).argmax(dim=-1)
+        pairs = pairs.masked_fill(~fits, -math.inf)
+    best = pairs.flatten(1).argmax(dim=-1)
+    num_values = num_blocks_logits.shape[-1]
+    return torch.stack([best // num_values, best % num_values], dim=-1)
 
 
 class RequestController:
@@ -88,11 +82,14 @@ class RequestController:
         self._question = torch.zeros(1, controller.config.question_size, **place)
         self._vision = torch.zeros(1, controller.config.vision_size, **place)
         self._budget_ms = torch.full((1,), controller.config.latency_budget_max_ms, **place)
+        # Added to the logits of settings: 0, or -inf for those that are out. In float64, as in `likeliest_depth`.
+        self._penalty = torch.zeros(controller.knob_space.sizes, dtype=torch.float64, **place)
+        self._has_penalty = False
         self._tier_index = torch.zeros(1, dtype=torch.long, **place)
-        self._pair = torch.zeros(1, dtype=torch.long, **place)
-        self._fits = torch.ones(controller.knob_space.sizes, dtype=torch.bool, **place)
-        self._fits_are_all = True
+        # Decisions, where the host can read them as soon as the device is done: the pair of top_k and num_blocks is its
+        # place among all.
         is_on_gpu = controller.device.type == "cuda"
+        self._tier, self._pair = (torch.zeros(1, dtype=torch.long, pin_memory=is_on_gpu) for _ in range(2))
         self._run_stage1 = self._captured(self._stage1) if is_on_gpu else self._stage1
         self._run_stage2 = self._captured(self._stage2) if is_on_gpu else self._stage2
 
@@ -120,12 +117,12 @@ class RequestController:
             self._budget_ms.fill_(latency_budget_ms)
             if fits is not None:
                 # Copies from ordinary memory are safe without waiting.
-                self._fits.copy_(fits, non_blocking=True)
-            elif not self._fits_are_all:
-                self._fits.fill_(True)
-            self._fits_are_all = fits is None
+                self._penalty.copy_(torch.where(fits, 0.0, -math.inf), non_blocking=True)
+            elif self._has_penalty:
+                self._penalty.fill_(0.0)
+            self._has_penalty = fits is not None
             self._run_stage1()
-            return self._tier_index.item()
+            return self._tier.item()
 
     def choose_depth(self, vision_features: torch.Tensor | None) -> tuple[int, int]:
         """
@@ -143,16 +140,20 @@ class RequestController:
             if vision_features is not None:
                 self._vision.copy_(vision_features)
             self._run_stage2()
-            # Here and not in the graph, where the two operations would be kernels.
-            return divmod(self._pair.item(), len(self.controller.knob_space.num_blocks))
+            return divmod(self._pair.item(), self._penalty.shape[-1])
 
     def _stage1(self) -> None:
+        # As `likeliest_tier`, in fewer kernels.
         logits = self.controller.stage1(self._question, self._budget_ms)
-        self._tier_index.copy_(likeliest_tier(logits, self._fits[None]))
+        self._tier_index.copy_((logits + self._penalty.flatten(1).amax(dim=-1)).argmax(dim=-1))
+        self._tier.copy_(self._tier_index, non_blocking=True)
 
     def _stage2(self) -> None:
+        # As `likeliest_depth`, in fewer kernels.
         logits = self.controller.stage2(self._vision, self._question, self._budget_ms, self._tier_index)
-        self._pair.copy_(_likeliest_pair(*logits, self._fits[self._tier_index]))
+        top_k_logits, num_blocks_logits = logits
+        pairs = top_k_logits[:, :, None] + (num_blocks_logits[:, None, :] + self._penalty[self._tier_index])
+        self._pair.copy_(pairs.flatten(1).argmax(dim=-1), non_blocking=True)
 
     @torch.inference_mode()
     def _captured(self, stage: Callable[[], None]) -> Callable[[], None]:
@@ -165,4 +166,9 @@ class RequestController:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             stage()
-        return graph.replay
+
+        def run() -> None:
+            graph.replay()
+            torch.cuda.current_stream(self.controller.device).synchronize()
+
+        return run
