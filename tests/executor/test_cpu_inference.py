@@ -1,12 +1,14 @@
 """The executor's way to compute a Molmo on a CPU, against the model's modules and the golden data."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from joint_controller import MolmoForConditionalGeneration
+from joint_controller.executor import cpu_inference
 from joint_controller.executor.cpu_inference import MIN_PACKED_MACS, CpuInference, PackedLinear
 from joint_controller.executor.inference import PlainInference, load_inference
 
@@ -115,6 +117,53 @@ def test_a_block_of_short_prompts_decodes_beside_long_ones(tiny_molmo):
     # The last block runs for the short prompt alone, so that its cache starts with much less room than the others'.
     prompts = random_prompts(tiny_molmo, [13, 90])
     assert_decodes_as_alone(tiny_molmo, prompts, [13, 90], [2, 2], [[0, 3], [0]], kept=[0, 1])
+
+
+def test_memory_of_ended_answers_is_used_again_whatever_it_holds(tiny_molmo):
+    inference, prompts = CpuInference(tiny_molmo), random_prompts(tiny_molmo, [25, 14])
+    inference.prefill(prompts, 2, [0, 1])  # ends at once
+    spare = [inference.spare_memory.take(1) for _ in range(2)]
+    places = {memory.data_ptr() for memory in spare}
+    while spare:
+        with torch.inference_mode():
+            inference.spare_memory.give_back(spare.pop().fill_(math.nan))
+    found = inference.prefill(prompts, 2, [0, 1])
+    with torch.inference_mode():
+        expected = PlainInference(tiny_molmo).prefill(prompts, 2, [0, 1])
+        for _ in range(4):
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            found.step()
+            expected.step()
+    del found
+    assert {inference.spare_memory.take(1).data_ptr() for _ in range(2)} == places
+
+
+def test_answers_that_are_decoded_at_the_same_time_share_no_memory(tiny_molmo):
+    inference = CpuInference(tiny_molmo)
+    prompts = [
+        random_prompts(tiny_molmo, lengths, seed=seed) for seed, lengths in enumerate([[25, 14], [31], [19, 8]])
+    ]
+    inference.prefill(prompts[0], 2, [0, 1])  # leaves memory behind
+    together = [inference.prefill(one, 2, [0, 1]) for one in prompts]
+    with torch.inference_mode():
+        expected = [PlainInference(tiny_molmo).prefill(one, 2, [0, 1]) for one in prompts]
+        for _ in range(4):
+            for one, its_expected in zip(together, expected, strict=True):
+                one.step()
+                its_expected.step()
+                torch.testing.assert_close(one.logits, its_expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_no_more_spare_memory_is_kept_than_its_limit(tiny_molmo, monkeypatch):
+    spare = CpuInference(tiny_molmo).spare_memory
+    monkeypatch.setattr(cpu_inference, "SPARE_BYTES", 4 * 250)
+    kept, too_much = torch.empty(200), torch.empty(100)
+    spare.give_back(kept)
+    spare.give_back(too_much)
+    assert spare.take(100).data_ptr() == kept.data_ptr()
+    assert spare.take(100).data_ptr() not in (kept.data_ptr(), too_much.data_ptr())
+    spare.give_back(kept)
+    assert len(spare.take(201)) == 201  # not what is too small
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,48 @@ def test_a_window_has_batches_for_all_workers_however_few_images_are_kept(
     assert windows == [4, 1]
 
 
+def test_a_window_goes_on_from_one_tier_to_the_next(tiny_molmo, tiny_processor, knob_space, images, monkeypatch):
+    executor = MolmoExecutor(
+        tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, batch_size=1, num_workers=2, vision_cache_bytes=0
+    )
+    windows, encode = [], executor.encode
+    monkeypatch.setattr(
+        executor, "encode", lambda samples, tier: windows.append((tier, len(samples))) or encode(samples, tier)
+    )
+    executor.run(
+        [
+            ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", KnobSetting(tier, 1, 2))
+            for index, image in enumerate(images[:3])
+            for tier in ("low", "medium")
+        ]
+    )
+    assert windows == [("low", 3), ("medium", 1), ("medium", 2)]
+
+
+def test_requests_of_several_tiers_share_a_batch_and_the_longest_batch_comes_first(executor, images):
+    executor.batch_size = 4
+    requests = [
+        ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", KnobSetting(tier, 2, num_blocks))
+        for num_blocks in (2, 4)
+        for index, image in enumerate(images[:2])
+        for tier in ("low", "high")
+    ]
+    batches = []
+    executor.run(requests, on_batch=batches.append)
+    assert [{output.setting.num_blocks for output in batch} for batch in batches] == [{4}, {2}]
+    assert all(len(batch) == 4 for batch in batches)
+
+
+def test_images_that_were_forgotten_are_encoded_again(executor, images, monkeypatch):
+    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", KnobSetting("low", 4, 4))
+    calls, encode = [], executor.inference.image_features
+    monkeypatch.setattr(executor.inference, "image_features", lambda *views: calls.append(1) or encode(*views))
+    expected = executor.run([request])
+    assert executor.run([request]) == expected and len(calls) == 1
+    executor.forget_images()
+    assert executor.run([request]) == expected and len(calls) == 2
+
+
 def test_an_image_is_encoded_once_for_each_tier(tiny_molmo, tiny_processor, knob_space, requests, monkeypatch):
     executor = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, mode="plain")
     views = []
