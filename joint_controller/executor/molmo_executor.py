@@ -424,7 +424,8 @@ class MolmoExecutor:
             if len(unseen) == 1:
                 features.update({digest: self._image_features(one) for digest, one in unseen.items()})
             elif unseen:
-                features.update(zip(unseen, self._features_of_images(list(unseen.values())), strict=True))
+                found = self._do_or_split(self._features_of_images, list(unseen.values()), "images")
+                features.update(zip(unseen, found, strict=True))
             for sample, one, digest in zip(group, inputs, digests, strict=True):
                 yield sample, one, digest, features[digest]
 
@@ -698,7 +699,7 @@ class MolmoExecutor:
                 ThreadPoolExecutor(self.num_workers) as pool,
             ):
                 work = map if self.num_workers == 1 else pool.map
-                answers = work(lambda batch: self._answer_or_split(answer, batch), batches)
+                answers = work(lambda batch: self._do_or_split(answer, batch, "requests"), batches)
                 for batch, its_answers in zip(batches, answers, strict=True):
                     yield outputs(batch, its_answers)
 
@@ -714,24 +715,21 @@ class MolmoExecutor:
             batches[-1].append(position)
         return batches
 
-    def _answer_or_split(self, answer: Callable[[list[int]], list[list[int]]], batch: list[int]) -> list[list[int]]:
-        """The answers to a batch, in two parts if it does not fit in the device's memory."""
+    def _do_or_split(self, work: Callable[[list], list], batch: list, what: str) -> list:
+        """What `work` gives for each member of a batch, in two parts if the batch does not fit in the device's memory."""
         try:
-            return answer(batch)
+            return work(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
         # Out of the handler, which holds on to the tensors of the attempt.
         torch.cuda.empty_cache()
         warnings.warn(
-            f"a batch of {len(batch)} requests did not fit in the memory of {self.device}: it is answered in two parts. "
-            "A smaller `batch_size` or `max_batch_tokens` saves the time of trying."
+            f"a batch of {len(batch)} {what} did not fit in the memory of {self.device}: it is done in two parts. A smaller "
+            "`batch_size`, `max_batch_tokens` or `vision_cache_bytes` saves the time of trying."
         )
         middle = len(batch) // 2
-        return [
-            *self._answer_or_split(answer, batch[:middle]),
-            *self._answer_or_split(answer, batch[middle:]),
-        ]
+        return [*self._do_or_split(work, batch[:middle], what), *self._do_or_split(work, batch[middle:], what)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer's tokens."""

@@ -481,6 +481,29 @@ def test_batches_stay_within_their_tokens_and_change_no_answer(executor, tiny_mo
     assert max(map(len, tokens)) > 1, "no batch: the test shows nothing"
 
 
+def test_images_that_do_not_fit_in_memory_together_are_encoded_in_parts(executor, images, monkeypatch):
+    requests = [
+        ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", KnobSetting("low", 4, 4))
+        for index, image in enumerate(images)
+    ]
+    expected = [encoded.image_features for encoded in executor.encode(requests, "low")]
+    executor.forget_images()
+    sizes = []
+
+    def two_at_most(some):  # as a small GPU has it
+        sizes.append(len(some))
+        if len(some) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [executor.inference.image_features(*one) for one in some]
+
+    monkeypatch.setattr(executor, "mode", "captured")  # the mode that encodes several images at a time
+    monkeypatch.setattr(executor.inference, "features_of_images", two_at_most, raising=False)
+    with pytest.warns(UserWarning, match=r"a batch of \d images did not fit in the memory of cpu"):
+        found = executor.encode(requests, "low")
+    assert sizes[0] == len(images) and max(sizes[2:]) <= 3 and sum(size for size in sizes if size <= 2) == len(images)
+    assert all(torch.equal(one.image_features, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_batch_that_does_not_fit_in_memory_is_split_with_a_warning(executor, requests, monkeypatch):
     expected = executor.run(requests)
     generate = executor.generate
