@@ -128,8 +128,8 @@ class MolmoExecutor:
             Defaults to the fastest one for the model's device and precision.
         max_batch_tokens (`int`, *optional*):
             Most tokens of the prompts that go through the model together, which bounds the memory that they take. Defaults
-            to 65,536 on a CUDA device (8 GiB of keys and values at MolmoE-1B's sizes), else to 16,384. A
-            batch that does not fit in a GPU's memory all the same is answered in two parts, with a warning.
+            to 65,536 on a CUDA device (8 GiB of keys and values at MolmoE-1B's sizes), else to 16,384. Prompts
+            or images that do not fit in a GPU's memory together all the same are done in two parts, with a warning.
 
     Raises:
         ValueError: If the knob space is outside what the model has, the importance scores name a block that it does not
