@@ -25,9 +25,7 @@ def likeliest_tier(tier_logits: torch.Tensor, fits: torch.Tensor | None = None) 
     Returns:
         `torch.LongTensor` of shape `(n,)`: positions in the knob space.
     """
-    if fits is not None:
-        tier_logits = tier_logits.masked_fill(~fits.flatten(2).any(dim=-1), -math.inf)
-    return tier_logits.argmax(dim=-1)
+    return tier_logits.argmax(dim=-1) if fits is None else _likeliest_tier(tier_logits, _penalty(fits))
 
 
 def likeliest_depth(
@@ -47,14 +45,28 @@ def likeliest_depth(
     Returns:
         `torch.LongTensor` of shape `(n, 2)`: positions of top_k and num_blocks in the knob space.
     """
-    # The two are independent: the logarithm of a pair's probability is the sum of its logits and a constant. In float64,
-    # whose rounding makes no ties, so that the likeliest of all pairs is that of the likeliest values.
-    pairs = top_k_logits.double()[:, :, None] + num_blocks_logits.double()[:, None, :]
-    if fits is not None:
-        pairs = pairs.masked_fill(~fits, -math.inf)
-    best = pairs.flatten(1).argmax(dim=-1)
-    num_values = num_blocks_logits.shape[-1]
+    penalty = top_k_logits.new_zeros(1, 1, 1, dtype=torch.float64) if fits is None else _penalty(fits)
+    best, num_values = _likeliest_pair(top_k_logits, num_blocks_logits, penalty), num_blocks_logits.shape[-1]
     return torch.stack([best // num_values, best % num_values], dim=-1)
+
+
+def _penalty(fits: torch.Tensor) -> torch.Tensor:
+    """What the logits of settings change by: 0, or -inf for those that are out."""
+    return torch.zeros_like(fits, dtype=torch.float64).masked_fill_(~fits, -math.inf)
+
+
+def _likeliest_tier(tier_logits: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    return (tier_logits + penalty.flatten(2).amax(dim=-1)).argmax(dim=-1)
+
+
+def _likeliest_pair(
+    top_k_logits: torch.Tensor, num_blocks_logits: torch.Tensor, penalty: torch.Tensor
+) -> torch.Tensor:
+    """The place of each likeliest pair among all, `(n,)`, those of a top_k beside one another."""
+    # The two are independent: the logarithm of a pair's probability is the sum of its logits and a constant. In float64,
+    # as penalties are, whose rounding makes no ties, so that the likeliest of all pairs is that of the likeliest values.
+    pairs = top_k_logits[:, :, None] + (num_blocks_logits[:, None, :] + penalty)
+    return pairs.flatten(1).argmax(dim=-1)
 
 
 class RequestController:
@@ -82,8 +94,7 @@ class RequestController:
         self._question = torch.zeros(1, controller.config.question_size, **place)
         self._vision = torch.zeros(1, controller.config.vision_size, **place)
         self._budget_ms = torch.full((1,), controller.config.latency_budget_max_ms, **place)
-        # Added to the logits of settings: 0, or -inf for those that are out. In float64, as in `likeliest_depth`.
-        self._penalty = torch.zeros(controller.knob_space.sizes, dtype=torch.float64, **place)
+        self._penalty = torch.zeros(1, *controller.knob_space.sizes, dtype=torch.float64, **place)
         self._has_penalty = False
         self._tier_index = torch.zeros(1, dtype=torch.long, **place)
         # Decisions, where the host can read them as soon as the device is done: the pair of top_k and num_blocks is its
@@ -117,7 +128,7 @@ class RequestController:
             self._budget_ms.fill_(latency_budget_ms)
             if fits is not None:
                 # Copies from ordinary memory are safe without waiting.
-                self._penalty.copy_(torch.where(fits, 0.0, -math.inf), non_blocking=True)
+                self._penalty.copy_(_penalty(fits[None]), non_blocking=True)
             elif self._has_penalty:
                 self._penalty.fill_(0.0)
             self._has_penalty = fits is not None
@@ -143,17 +154,14 @@ class RequestController:
             return divmod(self._pair.item(), self._penalty.shape[-1])
 
     def _stage1(self) -> None:
-        # As `likeliest_tier`, in fewer kernels.
         logits = self.controller.stage1(self._question, self._budget_ms)
-        self._tier_index.copy_((logits + self._penalty.flatten(1).amax(dim=-1)).argmax(dim=-1))
+        self._tier_index.copy_(_likeliest_tier(logits, self._penalty))
         self._tier.copy_(self._tier_index, non_blocking=True)
 
     def _stage2(self) -> None:
-        # As `likeliest_depth`, in fewer kernels.
         logits = self.controller.stage2(self._vision, self._question, self._budget_ms, self._tier_index)
-        top_k_logits, num_blocks_logits = logits
-        pairs = top_k_logits[:, :, None] + (num_blocks_logits[:, None, :] + self._penalty[self._tier_index])
-        self._pair.copy_(pairs.flatten(1).argmax(dim=-1), non_blocking=True)
+        penalty = self._penalty[0].index_select(0, self._tier_index)
+        self._pair.copy_(_likeliest_pair(*logits, penalty), non_blocking=True)
 
     @torch.inference_mode()
     def _captured(self, stage: Callable[[], None]) -> Callable[[], None]:

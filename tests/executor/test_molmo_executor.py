@@ -208,6 +208,26 @@ def test_a_window_goes_on_from_one_tier_to_the_next(tiny_molmo, tiny_processor, 
     assert windows == [("low", 3), ("medium", 1), ("medium", 2)]
 
 
+def test_a_window_has_as_many_images_as_fit_in_the_cache(tiny_molmo, tiny_processor, knob_space, images, monkeypatch):
+    config = tiny_molmo.config
+    num_views = 1 + knob_space.tier_crops["low"][1]  # the most that an image may have
+    image_bytes = num_views * config.tokens_per_view * config.text_config.hidden_size * 4
+    executor = MolmoExecutor(
+        tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, batch_size=1, vision_cache_bytes=3 * image_bytes
+    )
+    windows, encode = [], executor.encode
+    monkeypatch.setattr(
+        executor, "encode", lambda samples, tier: windows.append(len(samples)) or encode(samples, tier)
+    )
+    executor.run(
+        [
+            ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", knob_space.cheapest)
+            for index, image in enumerate(images)
+        ]
+    )
+    assert windows == [3, 2]
+
+
 def test_requests_of_several_tiers_share_a_batch_and_the_longest_batch_comes_first(executor, images):
     executor.batch_size = 4
     requests = [
