@@ -125,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_script(command: str) -> ModuleType:
     """
     The module of a subcommand's script, e.g. `joint_controller.scripts.fit_latency` for `"fit-latency"`, and
-    `joint_controller.scripts.bench_data` for `"bench data"`.
+    `joint_controller.benchmarks.bench_data` for `"bench data"`.
     """
-    return importlib.import_module(f"joint_controller.scripts.{command.replace('-', '_').replace(' ', '_')}")
+    room = "benchmarks" if command.startswith("bench ") else "scripts"
+    return importlib.import_module(f"joint_controller.{room}.{command.replace('-', '_').replace(' ', '_')}")
 
 
 def _parse_target(command: str, argv: list[str]) -> str:

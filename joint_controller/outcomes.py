@@ -12,8 +12,9 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset, Features, Value
 
-from .executor import ExecutorOutput, ExecutorRequest, MolmoExecutor
+from .executor import ExecutorOutput, ExecutorRequest
 from .knobs import KnobSetting, KnobSpace
+from .molmo.executor import MolmoExecutor
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from .controller import JointControllerModel, RequestController
-from .executor import ExecutorRequest, MolmoExecutor
+from .executor import ExecutorRequest
 from .knobs import KnobSetting
 from .latency import (
     Guardrail,
@@ -16,6 +16,7 @@ from .latency import (
     read_latency_estimator,
     settings_that_fit,
 )
+from .molmo.executor import MolmoExecutor
 from .outcomes import Outcome, predict_latency_ms
 
 

@@ -13,7 +13,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from joint_controller import KnobSetting, KnobSpace
-from joint_controller.executor import MolmoExecutor
+from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import (
     OUTCOME_FEATURES,
     Outcome,

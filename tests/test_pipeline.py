@@ -8,8 +8,9 @@ from joint_controller import (
     LatencyEstimatorModel,
 )
 from joint_controller.data import load_vqa_dataset
-from joint_controller.executor import ExecutorRequest, MolmoExecutor
+from joint_controller.executor import ExecutorRequest
 from joint_controller.latency import embedded_latency_estimator_path
+from joint_controller.molmo.executor import MolmoExecutor
 
 
 @pytest.fixture(scope="module")

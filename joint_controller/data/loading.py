@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from datasets import Dataset
 
 from .easy_vqa import load_easy_vqa
-from .mixture import (
-    check_mixture,
-    concatenate_and_shuffle,
-    interleave_by_weight,
-    split_by_weight,
-    split_evenly,
-)
+from .mixture import check_mixture, concatenate_and_shuffle, interleave_by_weight, split_by_weight, split_evenly
 from .row_checks import SkippedRows, keep_good_rows
 from .scene_dataset import load_scenes
 from .schema import conform_to_schema

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from ..controller import JointControllerModel, likeliest_depth, likeliest_tier
-from ..executor import ExecutorRequest, MolmoExecutor
+from ..executor import ExecutorRequest
 from ..knobs import KnobSetting, KnobSpace
 from ..latency import Guardrail, settings_that_fit
+from ..molmo.executor import MolmoExecutor
 
 
 class Policy(Protocol):

@@ -1,38 +1,6 @@
-"""The executor: a frozen Molmo that answers questions at a knob setting."""
+"""What an executor is asked, what it answers, and what it measures."""
 
-from .block_accuracy import BLOCK_ACCURACY_FEATURES, BlockSetAccuracies
-from .block_search import max_sets_searched, search_blocks
-from .block_selection import BlockSelection, random_block_sets
-from .importance import (
-    BlockScores,
-    bootstrap_intervals,
-    load_block_sets,
-    load_importance,
-    measure_accuracy_drop,
-    measure_hidden_change,
-    save_importance,
-)
-from .molmo_executor import MolmoExecutor, embedded_executor_path
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
 
 
-__all__ = [
-    "BLOCK_ACCURACY_FEATURES",
-    "BlockScores",
-    "BlockSelection",
-    "BlockSetAccuracies",
-    "ExecutorOutput",
-    "ExecutorRequest",
-    "MolmoExecutor",
-    "StageTimes",
-    "bootstrap_intervals",
-    "embedded_executor_path",
-    "load_block_sets",
-    "load_importance",
-    "max_sets_searched",
-    "measure_accuracy_drop",
-    "measure_hidden_change",
-    "random_block_sets",
-    "save_importance",
-    "search_blocks",
-]
+__all__ = ["ExecutorOutput", "ExecutorRequest", "StageTimes"]

@@ -8,17 +8,16 @@ from .fitting import cross_validate, fit_latency_estimator
 from .guardrail import Guardrail, settings_that_fit
 from .loading import read_latency_estimator
 from .modeling_latency_estimator import LatencyEstimatorModel, LatencyEstimatorOutput
-from .modeling_original_estimator import OriginalLatencyEstimatorConfig, OriginalLatencyEstimatorModel
+from .modeling_original_estimator import (
+    OriginalLatencyEstimatorConfig,
+    OriginalLatencyEstimatorModel,
+)
 from .profile_inputs import make_profile_inputs
 from .profile_report import repeatability, write_profile_report
 from .profile_table import load_profile, make_profile, save_profile
 from .profiling import profile_executor
 from .recalibration import fit_recalibration, plot_recalibration, recalibrate, recalibration_errors
-from .shipped_estimators import (
-    embedded_latency_estimator_path,
-    shipped_estimator_names,
-    shipped_latency_estimators,
-)
+from .shipped_estimators import embedded_latency_estimator_path, shipped_estimator_names, shipped_latency_estimators
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)

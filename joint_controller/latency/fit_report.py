@@ -10,12 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from ..knobs import TIERS
-from .modeling_latency_estimator import (
-    DECODE_FEATURES,
-    LLM_PREFILL_FEATURES,
-    VISION_FEATURES,
-    LatencyEstimatorModel,
-)
+from .modeling_latency_estimator import DECODE_FEATURES, LLM_PREFILL_FEATURES, VISION_FEATURES, LatencyEstimatorModel
 from .profile_table import KNOB_COLUMNS, UNKNOWN
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..executor import ExecutorRequest, MolmoExecutor
+from ..executor import ExecutorRequest
+from ..molmo.executor import MolmoExecutor
 from ..molmo.image_processing_molmo import oriented_size
 from .modeling_latency_estimator import LatencyEstimatorModel
 from .modeling_original_estimator import OriginalLatencyEstimatorModel

@@ -5,7 +5,10 @@ from pathlib import Path
 from transformers import AutoModel
 
 from .modeling_latency_estimator import LatencyEstimatorModel
-from .modeling_original_estimator import OriginalLatencyEstimatorModel, read_original_latency_estimator
+from .modeling_original_estimator import (
+    OriginalLatencyEstimatorModel,
+    read_original_latency_estimator,
+)
 from .shipped_estimators import SHIPPED_ESTIMATORS, shipped_estimator_names
 
 

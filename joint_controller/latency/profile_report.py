@@ -12,16 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..knobs import TIERS, KnobSetting
+from ..molmo.executor.flops import request_flops
 from .fit_report import format_markdown_table
-from .flops import request_flops
-from .profile_table import (
-    KNOB_COLUMNS,
-    MACHINE_COLUMNS,
-    PROFILE_FILE,
-    UNKNOWN,
-    check_one_machine,
-    profile_settings,
-)
+from .profile_table import KNOB_COLUMNS, MACHINE_COLUMNS, PROFILE_FILE, UNKNOWN, check_one_machine, profile_settings
 
 
 REPORT_FILE = "profile_report.json"

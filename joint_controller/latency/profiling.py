@@ -19,8 +19,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..controller import RequestController
-from ..executor import ExecutorRequest, MolmoExecutor, StageTimes
+from ..executor import ExecutorRequest, StageTimes
 from ..knobs import KnobSetting, KnobSpace
+from ..molmo.executor import MolmoExecutor
 from ..version import __version__
 from .configuration_latency_estimator import executor_shape
 from .profile_journal import JOURNAL_FILE, ProfileJournal

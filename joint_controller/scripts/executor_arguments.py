@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from ..executor import MolmoExecutor
     from ..knobs import KnobSpace
     from ..latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel
     from ..molmo import MolmoConfig, MolmoProcessor
+    from ..molmo.executor import MolmoExecutor
 
 
 FIT = "fit"
@@ -109,7 +109,7 @@ def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoE
         FileNotFoundError: If the model cannot be found.
         ValueError: If the checkpoint is incomplete or lacks a knob value.
     """
-    from ..executor import MolmoExecutor
+    from ..molmo.executor import MolmoExecutor
 
     set_num_threads(args)
     if isinstance(args.importance_path, dict):
@@ -157,8 +157,8 @@ def open_executor(
         FileNotFoundError: If the model cannot be found.
         ValueError: If there are no such sizes, or random weights are given importance scores.
     """
-    from ..executor import MolmoExecutor
-    from ..executor.random_executor import RANDOM_CONFIGS, random_executor
+    from ..molmo.executor import MolmoExecutor
+    from ..molmo.executor.random_executor import RANDOM_CONFIGS, random_executor
 
     kind, _, name = model_path.partition(":")
     if kind != "random":
@@ -181,8 +181,8 @@ def load_executor_inputs(args: ExecutorArguments) -> "tuple[MolmoConfig, MolmoPr
         FileNotFoundError: If the model cannot be found.
         ValueError: If the checkpoint lacks a knob value.
     """
-    from ..executor import embedded_executor_path
     from ..molmo import MolmoConfig, MolmoProcessor
+    from ..molmo.executor import embedded_executor_path
 
     path = embedded_executor_path() if args.model_path == "embedded" else Path(args.model_path)
     if not path.is_dir() and str(args.model_path).count("/") != 1:

@@ -60,7 +60,7 @@ def main(args: ImportResultsArguments):
 
     from ..latency import executor_shape
     from ..molmo import MolmoConfig
-    from ..recorded_results import import_original_results, save_recorded_results
+    from ..original_scripts import import_original_results, save_recorded_results
 
     machine = {}
     if args.device_name is not None:
@@ -101,7 +101,7 @@ def _format_table(report: dict[str, Any]) -> "Table":
 
 
 def _describe_oddities(report: dict[str, Any]) -> Iterator[str]:
-    from ..recorded_results.recorded_results import DIFFERENCES_FILE, REPORT_FILE
+    from ..original_scripts.recorded_results import DIFFERENCES_FILE, REPORT_FILE
 
     if report["datasets_without_results"]:
         yield f"No results of: {', '.join(report['datasets_without_results'])}."

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..data import SkippedRows
-    from ..executor import BlockScores, BlockSetAccuracies, MolmoExecutor
+    from ..molmo.blocks import BlockScores, BlockSetAccuracies
+    from ..molmo.executor import MolmoExecutor
 
 
 IMPORTANCE = "importance"
@@ -156,13 +157,8 @@ def main(args: ImportanceArguments) -> None:
     """Measures, searches and compares, and writes what was found."""
     from rich.console import Console
 
-    from ..executor import (
-        MolmoExecutor,
-        max_sets_searched,
-        measure_accuracy_drop,
-        measure_hidden_change,
-        search_blocks,
-    )
+    from ..molmo.blocks import max_sets_searched, measure_accuracy_drop, measure_hidden_change, search_blocks
+    from ..molmo.executor import MolmoExecutor
 
     output_dir = Path(args.output_dir)
     _check(args, output_dir)
@@ -249,7 +245,7 @@ def _load(
 
     from ..data.loading import load_vqa_parts
     from ..evaluation.scoring import check_metrics, score_answer
-    from ..executor import BlockSetAccuracies
+    from ..molmo.blocks import BlockSetAccuracies
 
     parts = load_vqa_parts(args.dataset_names, split, max_samples, args.seed, args.dataset_weights, skipped_rows)
     rows_of, start = {}, 0
@@ -277,14 +273,14 @@ def _compare(
     console: "Console",
 ) -> None:
     """Compares what was searched and scored on other samples, and writes and shows the comparison."""
-    from ..evaluation.block_comparison import (
+    from ..molmo.blocks import BlockSelection
+    from ..molmo.blocks.block_comparison import (
         compare_block_selections,
         comparison_to_dict,
         draw_comparison,
         format_comparison_markdown,
         format_comparison_table,
     )
-    from ..executor import BlockSelection
 
     selections = {"search": searched}
     for method, name in ((IMPORTANCE, "accuracy drop"), (HIDDEN_CHANGE, "hidden change")):
@@ -316,7 +312,7 @@ def _save_scores(
     scores: "Mapping[str, BlockScores]",
     searched: Mapping[int, Sequence[int]] | None,
 ) -> None:
-    from ..executor import save_importance
+    from ..molmo.blocks import save_importance
 
     full = scored.full_accuracies()
 

@@ -60,13 +60,7 @@ def main(args: SweepArguments):
     from ..data import read_samples
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.scoring import score_answer
-    from ..evaluation.sweep import (
-        SWEEP_FILE,
-        baseline_policies,
-        format_sweep_table,
-        sweep_budgets,
-        sweep_to_dataset,
-    )
+    from ..evaluation.sweep import SWEEP_FILE, baseline_policies, format_sweep_table, sweep_budgets, sweep_to_dataset
     from ..latency import Guardrail
     from ..outcomes import OutcomeCollector, OutcomeStore, predict_latency_ms
 

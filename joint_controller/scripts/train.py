@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..original_scripts.original_arguments import OriginalArguments, TrainParser
 from ..trainer import JointGRPOConfig
 from . import run_script
 from .data_arguments import DataArguments
 from .executor_arguments import ExecutorArguments
-from .original_arguments import OriginalArguments, TrainParser
 from .training_setup import TrainingSetup, set_up_from_executor, set_up_from_results
 
 

@@ -30,9 +30,6 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, GenerationConfig, OlmoeConfig, get_cosine_schedule_with_warmup, set_seed
 
 from ..data import generate_scene, load_vqa_dataset, scene_seed, vocabulary
-from ..executor import save_importance
-from ..executor.card import build_executor_card
-from ..executor.packed_accuracy import measure_knobs, measure_settings, score_blocks
 from ..knobs import TIERS, KnobSpace
 from ..molmo import (
     MolmoConfig,
@@ -41,8 +38,11 @@ from ..molmo import (
     MolmoProcessor,
     build_word_tokenizer,
 )
-from ..molmo.experts import use_dense_experts
-from ..molmo.packing import AskedImage, Packer, TierLayout, cut_views, segment_logits
+from ..molmo.blocks import save_importance
+from ..molmo.embedded.card import build_executor_card
+from ..molmo.embedded.experts import use_dense_experts
+from ..molmo.embedded.packed_accuracy import measure_knobs, measure_settings, score_blocks
+from ..molmo.embedded.packing import AskedImage, Packer, TierLayout, cut_views, segment_logits
 from . import ScriptParser, run_script
 
 

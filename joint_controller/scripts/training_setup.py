@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from ..data import SkippedRows
-    from ..executor import MolmoExecutor
     from ..knobs import KnobSpace
-    from ..latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel
+    from ..latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel, RecordedResults
+    from ..molmo.executor import MolmoExecutor
     from ..outcomes import OutcomeCollector, RecordedOutcomes
-    from ..recorded_results import RecordedResults
     from ..trainer import JointGRPOConfig
     from .train import TrainArguments
 
@@ -171,8 +170,8 @@ def set_up_from_results(
         FileNotFoundError: If results, images, model or estimator do not exist.
         ValueError: If they are broken or do not fit each other.
     """
+    from ..original_scripts import load_recorded_results
     from ..outcomes import RecordedOutcomes
-    from ..recorded_results import load_recorded_results
 
     inputs = _resolve_inputs(args)
     set_num_threads(args)
@@ -253,7 +252,7 @@ def _choose_samples(
 ) -> tuple[dict[str, "Dataset"], dict[str, list]]:
     """The splits of the samples that have all settings, with their images if asked for; and what the others lack."""
     from ..data.row_checks import keep_good_rows
-    from ..recorded_results import find_images, split_samples
+    from ..original_scripts import find_images, split_samples
 
     missing_settings = results.missing_settings(space)
     ids = results.samples["sample_id"][:]
@@ -302,8 +301,8 @@ def _load_feature_source(
     args: "TrainArguments", training_args: "JointGRPOConfig", space: "KnobSpace", inputs: dict[str, str]
 ) -> "MolmoExecutor | None":
     """What gives the features of questions and images, if a stage sees any."""
-    from ..executor import MolmoExecutor
     from ..knobs import KnobSpace
+    from ..molmo.executor import MolmoExecutor
 
     if all(seen == "budget" for seen in inputs.values()):
         return None

@@ -8,14 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
 
-from joint_controller.data import (
-    FEATURES,
-    QUESTION_TYPES,
-    SPLITS,
-    keep_good_rows,
-    load_vqa_dataset,
-    load_vqa_datasets,
-)
+from joint_controller.data import FEATURES, QUESTION_TYPES, SPLITS, keep_good_rows, load_vqa_dataset, load_vqa_datasets
 
 
 COLUMNS = ["sample_id", "image", "question", "answers", "style", "metric", "question_type"]

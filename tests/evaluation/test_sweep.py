@@ -22,8 +22,8 @@ from joint_controller.evaluation.sweep import (
     sweep_budgets,
     sweep_to_dataset,
 )
-from joint_controller.executor import MolmoExecutor
 from joint_controller.latency import Guardrail
+from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 
 

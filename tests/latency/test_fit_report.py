@@ -9,13 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from joint_controller.latency import plot_fit
-from joint_controller.latency.fit_report import (
-    conformal_quantile,
-    coverage,
-    errors,
-    format_error_rows,
-    report_errors,
-)
+from joint_controller.latency.fit_report import conformal_quantile, coverage, errors, format_error_rows, report_errors
 from joint_controller.latency.fitting import HeldOut, fit_coefficients, fit_units
 from joint_controller.latency.modeling_latency_estimator import learned_factor
 

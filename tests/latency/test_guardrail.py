@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from joint_controller import KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel
-from joint_controller.executor import ExecutorRequest, MolmoExecutor
+from joint_controller.executor import ExecutorRequest
 from joint_controller.latency import Guardrail, OriginalLatencyEstimatorModel, executor_shape, settings_that_fit
 from joint_controller.latency.modeling_original_estimator import OriginalLatencyEstimatorConfig
+from joint_controller.molmo.executor import MolmoExecutor
 
 
 SPACE = KnobSpace({"low": (1, 2), "medium": (3, 5), "high": (6, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))

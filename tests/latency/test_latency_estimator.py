@@ -12,12 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from joint_controller import KnobSetting, KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel, MolmoConfig
-from joint_controller.latency import (
-    executor_shape,
-    fit_latency_estimator,
-    format_model_card,
-    load_profile,
-)
+from joint_controller.latency import executor_shape, fit_latency_estimator, format_model_card, load_profile
 from joint_controller.latency.fitting import (
     fit_coefficients,
     fit_units,

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from joint_controller import KnobSetting, LatencyEstimatorModel
-from joint_controller.executor import embedded_executor_path
 from joint_controller.latency import (
     embedded_latency_estimator_path,
     load_profile,
@@ -15,6 +14,7 @@ from joint_controller.latency import (
 )
 from joint_controller.latency.shipped_estimators import SHIPPED_ESTIMATORS
 from joint_controller.molmo import MolmoConfig
+from joint_controller.molmo.executor import embedded_executor_path
 
 
 FOLDERS = sorted(path.parent for path in SHIPPED_ESTIMATORS.glob("*/config.json"))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from joint_controller.cli import main
 from joint_controller.data import FEATURES
-from joint_controller.executor import embedded_executor_path
+from joint_controller.molmo.executor import embedded_executor_path
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "easy_vqa" / "grpo.yaml"

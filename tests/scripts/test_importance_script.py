@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from joint_controller import cli
-from joint_controller.executor import MolmoExecutor, load_block_sets, load_importance
+from joint_controller.molmo.blocks import load_block_sets, load_importance
+from joint_controller.molmo.executor import MolmoExecutor
 
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "embedded_executor"

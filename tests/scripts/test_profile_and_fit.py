@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from joint_controller import KnobSetting, LatencyEstimatorModel
 from joint_controller.data import load_vqa_datasets
-from joint_controller.executor import MolmoExecutor
 from joint_controller.latency import load_profile, make_profile_inputs, profile_executor, profiling, save_profile
 from joint_controller.latency.profile_journal import JOURNAL_FILE
 from joint_controller.latency.profile_table import PROFILE_FILE
+from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.scripts import fit_latency, profile, run_script
 
 

@@ -5,8 +5,8 @@ import torch
 from formula_world import make_args, make_controller, make_dataset
 
 from joint_controller import JointControllerModel, JointGRPOTrainer, KnobSpace, LatencyEstimatorModel
-from joint_controller.executor import MolmoExecutor
 from joint_controller.latency import LatencyEstimatorConfig
+from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 
 

@@ -1,0 +1,297 @@
+"""How ways of choosing the blocks that run compare: accuracy at each number of blocks, as a table and as a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from . import BlockSetAccuracies, bootstrap_intervals, random_block_sets
+
+
+PREFIX = "prefix"
+RANDOM = "random"
+ALL_DATASETS = "all"
+"""Name of all data sets together, where there are several."""
+
+
+@dataclass(frozen=True)
+class BlockComparisonRow:
+    """
+    The accuracy of one way of choosing blocks, at one number of blocks.
+
+    Args:
+        dataset (`str`):
+            Data set of the samples; `"all"` for those of all data sets.
+        num_blocks (`int`):
+            Blocks that run.
+        selection (`str`):
+            How they were chosen.
+        accuracy (`float`):
+            Mean accuracy. Of `"random"`, the mean over sets, too.
+        accuracy_interval (`tuple[float, float]`):
+            Interval that has 95 % confidence, by a bootstrap over samples.
+        gain (`float`):
+            Accuracy beyond that of `"prefix"`, with as many blocks.
+        gain_interval (`tuple[float, float]`):
+            Its interval, by a paired bootstrap over samples.
+        spread (`float`, *optional*):
+            Of `"random"`: standard deviation of the sets' accuracies (with n - 1).
+        lowest (`float`, *optional*):
+            Of `"random"`: accuracy of the worst set.
+        highest (`float`, *optional*):
+            Of `"random"`: accuracy of the best set.
+        active_blocks (`list[int]`, *optional*):
+            The blocks, but of `"random"`.
+        num_samples (`int`):
+            Samples.
+    """
+
+    dataset: str
+    num_blocks: int
+    selection: str
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
+    spread: float | None
+    lowest: float | None
+    highest: float | None
+    active_blocks: list[int] | None
+    num_samples: int
+
+
+def compare_block_selections(
+    accuracies: BlockSetAccuracies,
+    selections: Mapping[str, Mapping[int, Sequence[int]]],
+    counts: Sequence[int],
+    datasets: Mapping[str, Sequence[int]],
+    num_random_sets: int = 20,
+    seed: int = 42,
+) -> list[BlockComparisonRow]:
+    """
+    Measures ways of choosing blocks, and, beside them, the first blocks (`"prefix"`) and random sets (`"random"`).
+
+    Args:
+        accuracies ([`BlockSetAccuracies`]):
+            Measures sets of blocks, on samples that none of them was chosen on.
+        selections (`dict[str, dict[int, Sequence[int]]]`):
+            For each way of choosing, the blocks that run for each number of blocks.
+        counts (`Sequence[int]`):
+            Numbers of blocks to compare at.
+        datasets (`dict[str, Sequence[int]]`):
+            Rows of the samples of each data set.
+        num_random_sets (`int`, *optional*, defaults to 20):
+            Random sets of each size, see [`random_block_sets`].
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the random sets and of the bootstrap.
+
+    Returns:
+        `list[BlockComparisonRow]`: Data set by data set, those together first; number by number, ascending; in each the
+        ways in the order of `selections`, prefix, random.
+
+    Raises:
+        ValueError: If fewer than 2 random sets are asked for, or a data set has fewer than 2 samples.
+    """
+    if num_random_sets < 2:
+        raise ValueError(f"`num_random_sets` is {num_random_sets}: their spread needs 2 or more.")
+    chosen: dict[tuple[int, str], list[tuple[int, ...]]] = {}
+    for count in sorted(counts):
+        for name, blocks_of in selections.items():
+            chosen[count, name] = [tuple(blocks_of[count])]
+        chosen[count, PREFIX] = [accuracies.all_blocks[:count]]
+        chosen[count, RANDOM] = random_block_sets(accuracies.num_layers, count, num_random_sets, seed)
+    # All at once, for one progress bar.
+    accuracies.measure([blocks for sets in chosen.values() for blocks in sets], title="Comparing on held-out samples")
+    measured = {key: accuracies.measure(sets) for key, sets in chosen.items()}  # (sets, samples) each
+    groups = dict(datasets)
+    if len(groups) > 1:
+        groups = {ALL_DATASETS: [row for rows in datasets.values() for row in rows], **groups}
+    return [
+        _row(
+            dataset,
+            count,
+            name,
+            sets[:, list(rows)],
+            measured[count, PREFIX][0, list(rows)],
+            chosen[count, name],
+            seed,
+        )
+        for dataset, rows in groups.items()
+        for (count, name), sets in measured.items()
+    ]
+
+
+def _row(
+    dataset: str,
+    count: int,
+    name: str,
+    measured: np.ndarray,
+    prefix: np.ndarray,
+    block_sets: Sequence[tuple[int, ...]],
+    seed: int,
+) -> BlockComparisonRow:
+    of_samples = measured.mean(axis=0)
+    of_sets = measured.mean(axis=1)
+    interval, gain_interval = bootstrap_intervals(np.stack([of_samples, of_samples - prefix], axis=1), seed).tolist()
+    is_random = name == RANDOM
+    return BlockComparisonRow(
+        dataset=dataset,
+        num_blocks=count,
+        selection=name,
+        accuracy=float(of_samples.mean()),
+        accuracy_interval=tuple(interval),
+        gain=float((of_samples - prefix).mean()),
+        gain_interval=tuple(gain_interval),
+        spread=float(of_sets.std(ddof=1)) if is_random else None,
+        lowest=float(of_sets.min()) if is_random else None,
+        highest=float(of_sets.max()) if is_random else None,
+        active_blocks=None if is_random else list(block_sets[0]),
+        num_samples=len(of_samples),
+    )
+
+
+def comparison_to_dict(
+    rows: Sequence[BlockComparisonRow], full_accuracies: Mapping[str, float], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    The comparison as it is written to JSON.
+
+    Args:
+        rows (`Sequence[BlockComparisonRow]`):
+            What [`compare_block_selections`] gives.
+        full_accuracies (`dict[str, float]`):
+            Accuracy of all blocks on each data set and on all of them.
+        provenance (`dict[str, Any]`):
+            How it was measured.
+    """
+    return {
+        "full_accuracy": dict(full_accuracies),
+        "rows": [asdict(row) for row in rows],
+        "provenance": dict(provenance),
+    }
+
+
+def format_comparison_table(rows: Sequence[BlockComparisonRow], title: str) -> Table:
+    """The comparison on all samples as a table for the console."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("count", "selection", "accuracy", "over prefix", "95 %"):
+        table.add_column(heading, justify="left" if heading == "selection" else "right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if row.dataset == rows[0].dataset:
+            if previous not in (None, row.num_blocks):
+                table.add_section()
+            count, selection, accuracy, _, gain, gain_interval, _ = _cells(row)
+            table.add_row("" if row.num_blocks == previous else count, selection, accuracy, gain, gain_interval)
+            previous = row.num_blocks
+    return table
+
+
+def format_comparison_markdown(
+    rows: Sequence[BlockComparisonRow], full_accuracies: Mapping[str, float], title: str, picture: str
+) -> str:
+    """The comparison as Markdown: the picture (its path), a table for each data set, and what the numbers are."""
+    parts = [f"# {title}", f"![Accuracy against the number of blocks]({picture})"]
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        members = [row for row in rows if row.dataset == dataset]
+        parts.append(
+            f"## {'All samples' if dataset == ALL_DATASETS else dataset}\n\n"
+            f"{members[0].num_samples} held-out samples; accuracy with all blocks: {full_accuracies[dataset]:.3f}."
+        )
+        lines = [f"| {' | '.join(_HEADINGS)} |", "| ---: | --- | ---: | ---: | ---: | ---: | --- |"]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in members]
+        parts.append("\n".join(lines))
+    parts.append(
+        "Brackets: 95 % confidence, by a bootstrap over samples (paired, where the first blocks are compared with). "
+        "± is the standard deviation between random sets, each of which was drawn by itself; then their lowest and highest "
+        "accuracy, which the picture shows as a band."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+_HEADINGS = ("count", "selection", "accuracy", "95 %", "over prefix", "95 %", "blocks")
+
+
+def _cells(row: BlockComparisonRow) -> list[str]:
+    if row.active_blocks is None:
+        blocks = f"± {row.spread:.3f}, {row.lowest:.3f} to {row.highest:.3f}"
+    else:
+        blocks = " ".join(map(str, row.active_blocks))
+    return [
+        str(row.num_blocks),
+        row.selection,
+        f"{row.accuracy:.3f}",
+        "[{:.3f}, {:.3f}]".format(*row.accuracy_interval),
+        f"{row.gain:+.3f}",
+        "[{:+.3f}, {:+.3f}]".format(*row.gain_interval),
+        blocks,
+    ]
+
+
+def draw_comparison(
+    rows: Sequence[BlockComparisonRow], full_accuracies: Mapping[str, float], path: str | Path
+) -> None:
+    """
+    Draws accuracy against the number of blocks, a panel for each data set: a line for each way of choosing, with 95 %
+    intervals, and for random sets their mean and the range from the worst to the best set.
+
+    Args:
+        rows (`Sequence[BlockComparisonRow]`):
+            What [`compare_block_selections`] gives.
+        full_accuracies (`dict[str, float]`):
+            Accuracy of all blocks on each data set and on all of them.
+        path (`str` or `Path`):
+            PNG to write.
+    """
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    names = [name for name in dict.fromkeys(row.selection for row in rows) if name != RANDOM]
+    counts = sorted({row.num_blocks for row in rows})
+    figure = Figure(figsize=(3.8 * len(datasets) + 2, 4), layout="constrained")
+    panels = figure.subplots(1, len(datasets), squeeze=False, sharey=True)[0]
+    for panel, dataset in zip(panels, datasets, strict=True):
+        members = {(row.selection, row.num_blocks): row for row in rows if row.dataset == dataset}
+        panel.axhline(full_accuracies[dataset], color="black", linestyle=":", linewidth=1, label="all blocks")
+        drawn = [members[RANDOM, count] for count in counts]
+        panel.fill_between(
+            counts,
+            [row.lowest for row in drawn],
+            [row.highest for row in drawn],
+            color="gray",
+            alpha=0.2,
+            linewidth=0,
+            label="random: worst to best",
+        )
+        panel.plot(
+            counts, [row.accuracy for row in drawn], color="gray", linestyle="--", marker="_", label="random: mean"
+        )
+        for index, name in enumerate(names):
+            line = [members[name, count] for count in counts]
+            # Side by side, so that equal ones can be told apart.
+            places = [count + 0.09 * (index - (len(names) - 1) / 2) for count in counts]
+            errors = [
+                [row.accuracy - row.accuracy_interval[0] for row in line],
+                [row.accuracy_interval[1] - row.accuracy for row in line],
+            ]
+            panel.errorbar(
+                places,
+                [row.accuracy for row in line],
+                yerr=errors,
+                color=f"C{index}",
+                marker="osD^"[index % 4],
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=name,
+            )
+        panel.set_title("all samples" if dataset == ALL_DATASETS else dataset)
+        panel.set_xlabel("blocks that run")
+        panel.set_xticks(counts)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on held-out samples")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)

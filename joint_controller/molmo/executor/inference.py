@@ -1,0 +1,194 @@
+"""
+How a Molmo computes the stages of a request: encoding views, prefill, decode.
+
+An [`Inference`] is one way to do it, and all of them give the same answers; [`PlainInference`], which runs the model's
+modules as transformers does, is the one that the others are tested against.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from .. import MolmoForConditionalGeneration
+from .cpu_inference import CpuInference
+
+
+class Decoding(Protocol):
+    """
+    A batch of answers that are being decoded greedily.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `(B, vocab_size)`):
+            Scores of the next token of each answer.
+        tokens (`torch.LongTensor` of shape `(B,)`):
+            The next token of each answer: the argmax of `logits`.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+    def step(self) -> None:
+        """Appends `tokens` to the answers and computes the next ones."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch only, in this order."""
+
+
+class Inference(Protocol):
+    """
+    One way to compute the stages of a request.
+
+    Attributes:
+        prefill_lengths (`Sequence[int]` or `None`):
+            Lengths, ascending, that the prompt of a single request is padded to; `None` where it is not padded.
+        mixes_settings (`bool`):
+            Whether each row of a batch may have a `top_k` and `active_blocks` of its own.
+        prefers_same_settings (`bool`):
+            Whether prompts of the same blocks and experts are faster in a batch than prompts of the same length.
+    """
+
+    prefill_lengths: Sequence[int] | None
+    mixes_settings: bool
+    prefers_same_settings: bool
+
+    def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
+        """
+        Encodes the views of one image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(1, V, P, 3·patch²)`):
+                Patches of each view, on any device and in any precision.
+            image_masks (`torch.Tensor` of shape `(1, V, P)`):
+                Share of each patch that is not padding.
+
+        Returns:
+            `torch.Tensor` of shape `(V, T, hidden)`.
+        """
+
+    def prefill(
+        self,
+        prompts: Mapping[str, torch.Tensor],
+        top_k: int | Sequence[int],
+        active_blocks: Sequence[int] | Sequence[Sequence[int]],
+    ) -> Decoding:
+        """
+        Runs a batch of prompts and gives the first token of each answer.
+
+        Args:
+            prompts (`dict[str, torch.Tensor]`):
+                `input_ids` and `attention_mask` `(B, L)`, padded on the left, `image_features` `(B, 1, N, hidden)` and
+                `image_input_idx` `(B, 1, N)`, as the model's forward takes them.
+            top_k (`int` or `Sequence[int]`):
+                Experts per token, or those of each row where rows may differ.
+            active_blocks (`Sequence[int]` or `Sequence[Sequence[int]]`):
+                Blocks that run, ascending, or those of each row where rows may differ.
+        """
+
+
+class PlainInference:
+    """
+    Runs the model's modules as they are.
+
+    Args:
+        model ([`MolmoForConditionalGeneration`]):
+            The model.
+    """
+
+    prefill_lengths = None
+    mixes_settings = False
+    prefers_same_settings = False
+
+    def __init__(self, model: MolmoForConditionalGeneration):
+        self.model = model
+
+    def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
+        place = {"device": self.model.device, "dtype": self.model.dtype}
+        return self.model.get_image_features(pixel_values.to(**place), image_masks.to(**place))[0]
+
+    def prefill(
+        self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]
+    ) -> "PlainDecoding":
+        return PlainDecoding(self.model, prompts, top_k, active_blocks)
+
+
+class PlainDecoding:
+    """
+    A [`Decoding`] by the model's modules. Arguments are those of [`Inference.prefill`].
+    """
+
+    def __init__(
+        self,
+        model: MolmoForConditionalGeneration,
+        prompts: Mapping[str, torch.Tensor],
+        top_k: int,
+        active_blocks: Sequence[int],
+    ):
+        self.model = model
+        self._knobs = {"top_k": top_k, "active_blocks": active_blocks}
+        self._attention_mask = prompts["attention_mask"]
+        self._cache = None
+        self._forward({name: value for name, value in prompts.items() if name != "attention_mask"})
+
+    def _forward(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        outputs = self.model(
+            **inputs,
+            **self._knobs,
+            attention_mask=self._attention_mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = outputs.past_key_values
+        self.logits = outputs.logits[:, -1]
+        self.tokens = self.logits.argmax(dim=-1)
+
+    def step(self) -> None:
+        self._attention_mask = F.pad(self._attention_mask, (0, 1), value=1)
+        self._forward({"input_ids": self.tokens[:, None]})
+
+    def keep(self, rows: Sequence[int]) -> None:
+        kept = torch.tensor(rows, device=self.tokens.device)
+        self._cache.batch_select_indices(kept)
+        self._attention_mask = self._attention_mask[kept]
+        self.logits, self.tokens = self.logits[kept], self.tokens[kept]
+
+
+MODES = ("plain", "onednn", "captured")
+"""
+Ways to compute a Molmo, by name: `"plain"` runs its modules, anywhere; `"onednn"` is [`CpuInference`], on a CPU in float32;
+`"captured"` is [`~executor.captured.CapturedInference`], on a CUDA device, with Triton.
+"""
+
+
+def load_inference(model: MolmoForConditionalGeneration, mode: str | None = None) -> tuple[str, Inference]:
+    """
+    Prepares a model to be computed in a mode.
+
+    Args:
+        model ([`MolmoForConditionalGeneration`]):
+            The model, on its device and in its precision. Its weights must not change afterwards.
+        mode (`str`, *optional*):
+            One of `MODES`. Defaults to `"captured"` on a CUDA device, where Triton is installed and the model is a
+            MolmoE, to `"onednn"` on a CPU in float32, where torch has oneDNN, else to `"plain"`.
+
+    Returns:
+        `tuple[str, Inference]`: The mode, and the model in that mode.
+
+    Raises:
+        ValueError: If there is no such mode, or not for this model.
+        ImportError: If the mode needs Triton, and it is not installed.
+    """
+    if mode not in (None, *MODES):
+        raise ValueError(f"`mode` is '{mode}': choose one of {list(MODES)}.")
+    if mode == "captured" or (mode is None and model.device.type == "cuda" and find_spec("triton") is not None):
+        # Imported here: it imports Triton, which CPU builds of torch come without.
+        from .captured import CapturedInference
+
+        if mode == "captured" or CapturedInference.supports(model):
+            return "captured", CapturedInference(model)
+    if mode == "onednn" or (mode is None and CpuInference.supports(model)):
+        return "onednn", CpuInference(model)
+    return "plain", PlainInference(model)

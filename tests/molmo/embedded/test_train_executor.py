@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+
+from joint_controller.data import generate_scene, scene_seed
+from joint_controller.executor import ExecutorRequest
+from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.scripts.train_executor import main, make_parser
+
+
+TINY = {
+    "vision_hidden_size": 16,
+    "vision_num_blocks": 2,
+    "vision_num_heads": 2,
+    "vit_layers": "-1 -2",
+    "hidden_size": 16,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "num_experts": 4,
+    "expert_size": 8,
+    "top_k": 2,
+    "projector_size": 16,
+    "knob_top_k": "1 2",
+    "knob_num_blocks": "1 2",
+    "scenes_per_step": 4,
+    "easy_vqa_images_per_step": 2,
+    "pool_size": 8,
+    "num_workers": 0,
+    "max_steps": 12,
+    "learning_rate": 0.01,
+    "warmup_steps": 2,
+    "effective_experts": 1.9,
+    "logging_steps": 3,
+    "eval_steps": 12,
+    "eval_images": 3,
+    "test_images": 3,
+    # The rest is as in the recipe.
+    "bf16": "false",
+    "compile": "false",
+}
+
+
+def parse(**overrides):
+    flags = [part for name, value in (TINY | overrides).items() for part in (f"--{name}", *str(value).split())]
+    return make_parser().parse_args_and_config(["--config", "recipes/embedded_executor/train.yaml", *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(request.config.rootpath)
+        main(*parse(output_dir=folder))
+    return folder
+
+
+def test_the_recipe_trains_and_the_loss_falls(trained):
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [3, 6, 9, 12]
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+
+
+def test_the_folder_is_a_complete_executor(trained):
+    executor = MolmoExecutor.from_pretrained(trained)
+    assert executor.knob_space.top_k == (1, 2)
+    assert executor.knob_space.num_blocks == (1, 2)
+    scene = generate_scene(scene_seed("test", 0))
+    request = ExecutorRequest("0", scene.image, scene.questions[0].question, "vqa2", executor.knob_space.cheapest)
+    assert executor.run([request])[0].output_tokens >= 1
+
+
+def test_results_and_card_cover_every_setting_and_question_type(trained):
+    results = json.loads((trained / "results.json").read_text())
+    assert len(results["settings"]) == 2 * 3 * 2 * 2  # data sets, tiers, top_k, num_blocks
+    for row in results["settings"]:
+        assert set(row["accuracy_by_type"]) == set(results["questions"][row["dataset"]])
+    card = (trained / "README.md").read_text()
+    for types in results["questions"].values():
+        assert all(f"| {question_type} |" in card for question_type in types)
+
+
+def test_a_finished_training_is_not_overwritten(trained, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    weights = (trained / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds another training"):
+        main(*parse(output_dir=trained))
+    assert (trained / "model.safetensors").read_bytes() == weights
+
+
+def test_more_effective_experts_than_are_chosen_are_refused(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(ValueError, match="`effective_experts` is 7.6"):
+        main(*parse(output_dir=tmp_path, effective_experts=7.6))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is there")
+def test_compiling_without_a_gpu_is_refused(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(ValueError, match="there is no GPU"):
+        main(*parse(output_dir=tmp_path, compile="true"))
