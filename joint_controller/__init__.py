@@ -1,4 +1,4 @@
-"""Answer visual questions inside a latency budget: a GRPO-trained controller for the knobs of a frozen Molmo."""
+"""Answer visual questions inside a latency budget: a GRPO-trained controller for the knobs of a frozen model."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -8,43 +8,43 @@ from .version import __version__
 
 # Public names and the submodule that defines each: imported on first use, so that `import joint_controller` stays cheap.
 _SUBMODULE_OF = {
+    "Executor": ".executor",
     "JointControllerConfig": ".controller",
     "JointControllerModel": ".controller",
     "JointGRPOConfig": ".trainer",
     "JointGRPOTrainer": ".trainer",
     "JointPipeline": ".pipeline",
+    "Knob": ".knobs",
     "KnobSetting": ".knobs",
     "KnobSpace": ".knobs",
     "LatencyEstimatorConfig": ".latency",
     "LatencyEstimatorModel": ".latency",
-    "MolmoConfig": ".molmo",
-    "MolmoForConditionalGeneration": ".molmo",
-    "MolmoImageProcessor": ".molmo",
-    "MolmoProcessor": ".molmo",
+    "load_executor": ".executor",
+    "register_executor_family": ".executor",
 }
 
 __all__ = [
+    "Executor",
     "JointControllerConfig",
     "JointControllerModel",
     "JointGRPOConfig",
     "JointGRPOTrainer",
     "JointPipeline",
+    "Knob",
     "KnobSetting",
     "KnobSpace",
     "LatencyEstimatorConfig",
     "LatencyEstimatorModel",
-    "MolmoConfig",
-    "MolmoForConditionalGeneration",
-    "MolmoImageProcessor",
-    "MolmoProcessor",
     "__version__",
+    "load_executor",
+    "register_executor_family",
 ]
 
 if TYPE_CHECKING:
     from .controller import JointControllerConfig, JointControllerModel
-    from .knobs import KnobSetting, KnobSpace
+    from .executor import Executor, load_executor, register_executor_family
+    from .knobs import Knob, KnobSetting, KnobSpace
     from .latency import LatencyEstimatorConfig, LatencyEstimatorModel
-    from .molmo import MolmoConfig, MolmoForConditionalGeneration, MolmoImageProcessor, MolmoProcessor
     from .pipeline import JointPipeline
     from .trainer import JointGRPOConfig, JointGRPOTrainer
 

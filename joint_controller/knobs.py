@@ -1,181 +1,361 @@
-"""The knobs of a frozen executor: which values they may take, one value for each, and the tokens that name them."""
+"""
+The knobs of a frozen executor: each is one definition, and everything that needs to know about knobs (the controller's
+heads, action tokens, columns of tables, command-line flags) is derived from the [`KnobSpace`] that holds them.
+"""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-
-TIERS = ("low", "medium", "high")
-"""Names of the image tiers, cheapest first."""
-
-DEFAULT_TIER_CROPS = {"low": (1, 3), "medium": (4, 8), "high": (9, 15)}
-"""Crops (fewest, most) of each tier, as in the MolmoE-1B profiling tables that this project can import."""
-
-KNOBS = ("tier", "top_k", "num_blocks")
-"""The knobs in the order in which the controller sets them."""
 
 PAD_TOKEN = "<pad>"
 PROMPT_TOKEN = "<request>"
 
+STAGES = (1, 2)
+"""Stages that decide knobs: 1 before any image work, 2 after the vision tower."""
 
-@dataclass(frozen=True, order=True)
-class KnobSetting:
+KnobValue = str | int | float
+
+
+class KnobSetting(Mapping[str, KnobValue]):
     """
-    One value for each knob of the executor.
+    One value for each knob (or, between the two stages, for some): an immutable, hashable mapping.
 
     Args:
-        tier (`str`):
-            Image tier: one of `"low"`, `"medium"`, `"high"`.
-        top_k (`int`):
-            Experts per token. 1 for a dense executor.
-        num_blocks (`int`):
-            Transformer blocks that run.
-    """
-
-    tier: str
-    top_k: int
-    num_blocks: int
-
-    def __str__(self) -> str:
-        return f"tier={self.tier} top_k={self.top_k} num_blocks={self.num_blocks}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"tier": self.tier, "top_k": self.top_k, "num_blocks": self.num_blocks}
-
-
-@dataclass(frozen=True)
-class KnobSpace:
-    """
-    The values that each knob may take. Immutable, hashable and JSON-friendly.
-
-    Args:
-        tier_crops (`dict[str, tuple[int, int]]`):
-            Fewest and most crops of each tier, cheapest tier first. Keys are a subset of `"low"`, `"medium"`, `"high"`.
-        top_k (`tuple[int, ...]`):
-            Experts per token, ascending. `(1,)` for a dense executor.
-        num_blocks (`tuple[int, ...]`):
-            Numbers of transformer blocks that run, ascending.
-
-    Raises:
-        ValueError: If a knob has no value, a value is not positive, values are not strictly ascending, a tier is
-            unknown, or tiers overlap.
+        values (`Mapping[str, KnobValue]`, *optional*):
+            Value of each knob by name.
+        **knobs:
+            The same, by keyword.
 
     Example:
 
     ```python
-    >>> space = KnobSpace({"low": (1, 3), "high": (9, 15)}, top_k=(4, 8), num_blocks=(12, 16))
-    >>> len(space), str(space.cheapest)
-    (8, 'tier=low top_k=4 num_blocks=12')
+    >>> setting = KnobSetting(tier="low", depth=4)
+    >>> setting["depth"], str(setting)
+    (4, 'tier=low depth=4')
     ```
     """
 
-    tier_crops: Mapping[str, tuple[int, int]]
-    top_k: tuple[int, ...]
-    num_blocks: tuple[int, ...]
+    __slots__ = ("_values", "_hash")
 
-    def __post_init__(self):
-        tier_crops = {tier: tuple(crops) for tier, crops in self.tier_crops.items()}
-        object.__setattr__(self, "tier_crops", tier_crops)
-        if not tier_crops:
-            raise ValueError("knob `tier` has no values: give at least one of 'low', 'medium', 'high'.")
-        unknown = [tier for tier in tier_crops if tier not in TIERS]
-        if unknown:
-            raise ValueError(f"knob `tier` has unknown values {unknown}: tiers are named 'low', 'medium' and 'high'.")
-        if list(tier_crops) != [tier for tier in TIERS if tier in tier_crops]:
-            raise ValueError(f"knob `tier` lists {list(tier_crops)}: name the tiers cheapest first.")
-        most_so_far = 0
-        for tier, crops in tier_crops.items():
-            if len(crops) != 2 or not 1 <= crops[0] <= crops[1]:
-                raise ValueError(
-                    f"tier '{tier}' has the crop range {list(crops)}: give [fewest, most], 1 or more each."
-                )
-            if crops[0] <= most_so_far:
-                raise ValueError(
-                    f"tier '{tier}' starts at {crops[0]} crops but a cheaper tier already reaches {most_so_far}: "
-                    "tiers must not overlap."
-                )
-            most_so_far = crops[1]
-        for knob in ("top_k", "num_blocks"):
-            values = getattr(self, knob)
-            if isinstance(values, int):
-                raise ValueError(f"knob `{knob}` must be a list of integers, got {values}.")
-            values = tuple(values)
-            object.__setattr__(self, knob, values)
-            if not values:
-                raise ValueError(f"knob `{knob}` has no values: give at least one.")
-            if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-                raise ValueError(f"knob `{knob}` has the values {list(values)}: all must be integers of 1 or more.")
-            if any(low >= high for low, high in itertools.pairwise(values)):
-                raise ValueError(f"knob `{knob}` has the values {list(values)}: list each once, smallest first.")
+    def __init__(self, values: Mapping[str, KnobValue] | None = None, /, **knobs: KnobValue):
+        self._values = {**(values or {}), **knobs}
+        self._hash = hash(frozenset(self._values.items()))
 
-    def __hash__(self) -> int:
-        return hash((tuple(self.tier_crops.items()), self.top_k, self.num_blocks))
+    def __getitem__(self, name: str) -> KnobValue:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self.tier_crops) * len(self.top_k) * len(self.num_blocks)
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnobSetting) and self._values == other._values
+
+    def __lt__(self, other: "KnobSetting") -> bool:
+        return tuple(self._values.values()) < tuple(other._values.values())
+
+    def __reduce__(self):
+        return KnobSetting, (self._values,)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._values.items())
+
+    def __repr__(self) -> str:
+        return f"KnobSetting({', '.join(f'{name}={value!r}' for name, value in self._values.items())})"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """
+    One knob.
+
+    Args:
+        name (`str`):
+            A Python identifier: it names columns, action tokens and the controller's heads.
+        values (`tuple[KnobValue, ...]`):
+            Values, cheapest first: all strings, all integers or all floats.
+        stage (`int`):
+            Stage that decides it: 1 from question and budget, before any image work; 2 with the image seen.
+        meanings (`tuple`, *optional*):
+            What each value stands for in the executor's own terms, e.g. the range of crops of each image tier: numbers,
+            strings, or sequences of these. Nothing but the executor looks at it. By default a value speaks for itself.
+        description (`str`, *optional*, defaults to `""`):
+            What it sets, in a few words: for help texts and cards.
+
+    Raises:
+        ValueError: If the name is not an identifier, there is no value, values are of several types, repeat, descend or
+            cannot be part of a token, the stage is unknown, or there is not one meaning for each value.
+    """
+
+    name: str
+    values: tuple[KnobValue, ...]
+    stage: int
+    meanings: tuple | None = None
+    description: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"a knob is named {self.name!r}: give a name of letters, digits and underscores.")
+        if isinstance(self.values, str | int | float):
+            raise ValueError(f"knob `{self.name}` must be a list of values, got {self.values!r}.")
+        values = tuple(self.values)
+        object.__setattr__(self, "values", values)
+        if not values:
+            raise ValueError(f"knob `{self.name}` has no values: give at least one.")
+        if len({type(value) for value in values}) > 1 or type(values[0]) not in _DTYPES:
+            raise ValueError(
+                f"knob `{self.name}` has the values {list(values)}: all must be strings, all integers or all floats."
+            )
+        if isinstance(values[0], str):
+            unwritable = [
+                value for value in values if not value or "=" in value or "," in value or value.split() != [value]
+            ]
+            if unwritable:
+                raise ValueError(
+                    f"knob `{self.name}` has the value {unwritable[0]!r}: give words without blanks, '=' and ','."
+                )
+            if len(set(values)) < len(values):
+                raise ValueError(f"knob `{self.name}` has the values {list(values)}: list each once, cheapest first.")
+        elif not all(math.isfinite(value) for value in values) or any(
+            low >= high for low, high in itertools.pairwise(values)
+        ):
+            raise ValueError(f"knob `{self.name}` has the values {list(values)}: list each once, smallest first.")
+        if self.stage not in STAGES or isinstance(self.stage, bool):
+            raise ValueError(f"knob `{self.name}` is decided by stage {self.stage!r}: stages are 1 and 2.")
+        if self.meanings is not None:
+            object.__setattr__(self, "meanings", _frozen(self.meanings))
+            if len(self.meanings) != len(values):
+                raise ValueError(
+                    f"knob `{self.name}` has {len(values)} values but {len(self.meanings)} meanings: give one for each."
+                )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def dtype(self) -> str:
+        """Type of its columns in tables: `"string"`, `"int32"` or `"float64"`."""
+        return _DTYPES[type(self.values[0])]
+
+    def meaning(self, value: KnobValue) -> Any:
+        """What a value stands for in the executor's terms; the value itself where no meanings are given."""
+        return value if self.meanings is None else self.meanings[self.values.index(value)]
+
+    def restrict(self, values: Sequence[KnobValue]) -> "Knob":
+        """
+        The knob with some of its values, in its own order.
+
+        Raises:
+            ValueError: If a value is not one of its own.
+        """
+        unknown = [value for value in values if value not in self.values]
+        if unknown:
+            raise ValueError(f"knob `{self.name}` has no value {unknown[0]!r}: choose from {list(self.values)}.")
+        kept = tuple(value for value in self.values if value in values)
+        meanings = None if self.meanings is None else tuple(map(self.meaning, kept))
+        return Knob(self.name, kept, self.stage, meanings, self.description)
+
+    def parse(self, text: str) -> KnobValue:
+        """
+        A value as a flag gives it, in the knob's type.
+
+        Raises:
+            ValueError: If the text is not of that type.
+        """
+        try:
+            return type(self.values[0])(text)
+        except ValueError as error:
+            raise ValueError(f"knob `{self.name}` takes values of the type {self.dtype}, got {text!r}.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "values": list(self.values),
+            "stage": self.stage,
+            "meanings": _thawed(self.meanings),
+            "description": self.description,
+        }
+
+
+_DTYPES = {str: "string", int: "int32", float: "float64"}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _thawed(value: Any) -> Any:
+    return list(map(_thawed, value)) if isinstance(value, tuple) else value
+
+
+class KnobSpace:
+    """
+    The knobs of an executor, and so the settings that a controller chooses from. Immutable, hashable, JSON-friendly.
+
+    Args:
+        knobs (`Sequence[Knob]`):
+            One or more knobs, in any order: that of columns, action tokens and [`KnobSetting`]s.
+
+    Raises:
+        ValueError: If there is no knob, or two have one name.
+
+    Example:
+
+    ```python
+    >>> space = KnobSpace([Knob("tier", ("low", "high"), stage=1), Knob("depth", (4, 8), stage=2)])
+    >>> len(space), str(space.cheapest)
+    (4, 'tier=low depth=4')
+    ```
+    """
+
+    def __init__(self, knobs: Sequence[Knob]):
+        self.knobs = tuple(knobs)
+        if not self.knobs:
+            raise ValueError("a knob space has no knobs: give at least one.")
+        repeated = [name for name in self.names if self.names.count(name) > 1]
+        if repeated:
+            raise ValueError(f"a knob space has two knobs named `{repeated[0]}`: give each a name of its own.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnobSpace) and self.knobs == other.knobs
+
+    def __hash__(self) -> int:
+        return hash(self.knobs)
+
+    def __repr__(self) -> str:
+        return f"KnobSpace({list(self.knobs)})"
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {list(values)}" for name, values in self.values.items())
+
+    def __len__(self) -> int:
+        return math.prod(self.sizes)
 
     def __iter__(self) -> Iterator[KnobSetting]:
-        """All settings, in the order tier, top_k, num_blocks with the last knob moving fastest."""
-        for values in itertools.product(*self.values.values()):
-            yield KnobSetting(*values)
+        """All settings, the last knob moving fastest."""
+        return iter(self.settings)
 
     def __contains__(self, setting: KnobSetting) -> bool:
-        return all(getattr(setting, knob) in values for knob, values in self.values.items())
+        return setting in self._positions
 
-    @property
-    def values(self) -> dict[str, tuple]:
-        """Values of each knob, cheapest first, keyed `tier`, `top_k`, `num_blocks`."""
-        return {"tier": tuple(self.tier_crops), "top_k": self.top_k, "num_blocks": self.num_blocks}
+    def __getitem__(self, name: str) -> Knob:
+        return self.knobs[self.names.index(name)]
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Number of values of each knob: (tiers, top_k values, num_blocks values)."""
-        return len(self.tier_crops), len(self.top_k), len(self.num_blocks)
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the knobs, in order."""
+        return tuple(knob.name for knob in self.knobs)
+
+    @cached_property
+    def values(self) -> dict[str, tuple[KnobValue, ...]]:
+        """Values of each knob by name, cheapest first."""
+        return {knob.name: knob.values for knob in self.knobs}
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each knob."""
+        return tuple(map(len, self.knobs))
+
+    @cached_property
+    def settings(self) -> tuple[KnobSetting, ...]:
+        """All settings, the last knob moving fastest: the first is the cheapest, the last the full one."""
+        products = itertools.product(*self.values.values())
+        return tuple(KnobSetting(dict(zip(self.names, values, strict=True))) for values in products)
+
+    @cached_property
+    def _positions(self) -> dict[KnobSetting, int]:
+        return {setting: position for position, setting in enumerate(self.settings)}
 
     @property
     def cheapest(self) -> KnobSetting:
         """The lowest value of every knob."""
-        return KnobSetting(*(values[0] for values in self.values.values()))
+        return self.settings[0]
 
     @property
     def full(self) -> KnobSetting:
         """The highest value of every knob."""
-        return KnobSetting(*(values[-1] for values in self.values.values()))
+        return self.settings[-1]
 
-    def indices(self, setting: KnobSetting) -> tuple[int, int, int]:
+    def decided_by(self, stage: int) -> tuple[int, ...]:
+        """Positions (in the order of the knobs) of those that a stage decides."""
+        return tuple(position for position, knob in enumerate(self.knobs) if knob.stage == stage)
+
+    def index(self, setting: KnobSetting) -> int:
+        """
+        Position of a setting among [`~KnobSpace.settings`].
+
+        Raises:
+            ValueError: If the setting is not in the space.
+        """
+        if setting not in self._positions:
+            raise ValueError(f"setting '{setting}' is outside the knob space ({self}).")
+        return self._positions[setting]
+
+    def indices(self, setting: KnobSetting) -> tuple[int, ...]:
         """
         Position of each of the setting's values among the values of its knob.
 
         Raises:
             ValueError: If the setting is not in the space.
         """
-        if setting not in self:
-            raise ValueError(f"setting '{setting}' is outside the knob space {self.to_dict()}.")
-        return tuple(values.index(getattr(setting, knob)) for knob, values in self.values.items())
+        self.index(setting)
+        return tuple(knob.values.index(setting[knob.name]) for knob in self.knobs)
 
     def setting(self, indices: Sequence[int]) -> KnobSetting:
-        """The setting at (tier index, top_k index, num_blocks index): the inverse of [`~KnobSpace.indices`]."""
-        return KnobSetting(*(values[index] for values, index in zip(self.values.values(), indices, strict=True)))
+        """The setting with these positions of values: the inverse of [`~KnobSpace.indices`]."""
+        chosen = zip(self.knobs, indices, strict=True)
+        return KnobSetting({knob.name: knob.values[index] for knob, index in chosen})
 
-    def normalized(self, setting: KnobSetting) -> tuple[float, float, float]:
+    def normalized(self, setting: KnobSetting) -> tuple[float, ...]:
         """Each knob of the setting on a scale from 0 (cheapest value) to 1 (highest value); 0 for a one-valued knob."""
-        positions = self.indices(setting)
-        return tuple(
-            position / (size - 1) if size > 1 else 0.0 for position, size in zip(positions, self.sizes, strict=True)
-        )
+        return self._normalized[self.index(setting)]
+
+    @cached_property
+    def _normalized(self) -> tuple[tuple[float, ...], ...]:
+        scales = [[index / max(size - 1, 1) for index in range(size)] for size in self.sizes]
+        return tuple(itertools.product(*scales))
+
+    def restrict(self, values: Mapping[str, Sequence[KnobValue]]) -> "KnobSpace":
+        """
+        The space with fewer values of some knobs.
+
+        Args:
+            values (`Mapping[str, Sequence[KnobValue]]`):
+                Values to keep, by name of the knob; knobs that are not named keep all.
+
+        Raises:
+            ValueError: If there is no such knob, or a knob has no such value.
+        """
+        self.check_names(values)
+        return KnobSpace([knob.restrict(values[knob.name]) if knob.name in values else knob for knob in self.knobs])
+
+    def check_names(self, names: Sequence[str] | Mapping[str, Any]) -> None:
+        """
+        Refuses names that no knob has.
+
+        Raises:
+            ValueError: If there is no knob of a name.
+        """
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(f"there is no knob `{unknown[0]}`: the executor has {', '.join(self.names)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-friendly form, read back by [`~KnobSpace.from_dict`]."""
-        return {
-            "tier_crops": {tier: list(crops) for tier, crops in self.tier_crops.items()},
-            "top_k": list(self.top_k),
-            "num_blocks": list(self.num_blocks),
-        }
+        return {"knobs": [knob.to_dict() for knob in self.knobs]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KnobSpace":
@@ -183,86 +363,65 @@ class KnobSpace:
         Builds a knob space from the output of [`~KnobSpace.to_dict`].
 
         Raises:
-            ValueError: If a key is missing or unknown, or a value is not allowed.
+            ValueError: If it is something else.
         """
-        expected = {"tier_crops", "top_k", "num_blocks"}
-        if set(values) != expected:
-            raise ValueError(f"a knob space has the keys {sorted(expected)}, got {sorted(values)}.")
-        # Configurations are written with sorted keys ("high" before "low"), so a dictionary's order means nothing here.
-        crops = values["tier_crops"]
-        tiers = [tier for tier in TIERS if tier in crops] + [tier for tier in crops if tier not in TIERS]
-        return cls({tier: crops[tier] for tier in tiers}, values["top_k"], values["num_blocks"])
-
-    @classmethod
-    def from_executor_config(
-        cls,
-        config: "PreTrainedConfig",
-        tier_crops: Mapping[str, Sequence[int]] | None = None,
-        top_k: Sequence[int] | None = None,
-        num_blocks: Sequence[int] | None = None,
-    ) -> "KnobSpace":
-        """
-        The knob space of an executor: values given here, else those that its configuration carries in `knob_space`,
-        else the defaults of MolmoE-1B's profiling tables (half to all of the experts per token, three quarters to all
-        of the blocks, three tiers up to the checkpoint's `max_crops`).
-
-        Args:
-            config ([`MolmoConfig`]):
-                Configuration of the executor.
-            tier_crops (`dict[str, tuple[int, int]]`, *optional*):
-                Crop range of each tier.
-            top_k (`Sequence[int]`, *optional*):
-                Experts per token.
-            num_blocks (`Sequence[int]`, *optional*):
-                Blocks that run.
-
-        Raises:
-            ValueError: If a value is outside what the checkpoint has: more experts per token than experts, more blocks
-                than exist, a tier that starts above `max_crops`.
-        """
-        total_blocks = config.text_config.num_hidden_layers
-        num_experts = config.text_config.num_experts
-        if config.knob_space is not None:
-            default = cls.from_dict(config.knob_space)
-        else:
-            most_experts = config.text_config.num_experts_per_tok
-            default = cls(
-                {tier: crops for tier, crops in DEFAULT_TIER_CROPS.items() if crops[0] <= config.max_crops},
-                range(max(1, most_experts // 2), most_experts + 1),
-                range(max(1, total_blocks * 3 // 4), total_blocks + 1),
-            )
-        space = cls(
-            default.tier_crops if tier_crops is None else dict(tier_crops),
-            default.top_k if top_k is None else top_k,
-            default.num_blocks if num_blocks is None else num_blocks,
-        )
-        if space.top_k[-1] > num_experts:
+        if (
+            not isinstance(values, Mapping)
+            or set(values) != {"knobs"}
+            or not isinstance(values["knobs"], list | tuple)
+        ):
             raise ValueError(
-                f"knob `top_k` has the value {space.top_k[-1]} but the executor has {num_experts} experts per block: "
-                f"use values from 1 to {num_experts}."
+                f"a knob space is a list of `knobs`, got {dict(values) if isinstance(values, Mapping) else values!r}: one "
+                "of an earlier version of this package has to be made anew with the command that wrote it."
             )
-        if space.num_blocks[-1] > total_blocks:
-            raise ValueError(
-                f"knob `num_blocks` has the value {space.num_blocks[-1]} but the executor has {total_blocks} blocks: "
-                f"use values from 1 to {total_blocks}."
-            )
-        for tier, (fewest, _) in space.tier_crops.items():
-            if fewest > config.max_crops:
+        known = {"name", "values", "stage", "meanings", "description"}
+        for knob in values["knobs"]:
+            if not isinstance(knob, Mapping) or not {"name", "values", "stage"} <= set(knob) <= known:
                 raise ValueError(
-                    f"tier '{tier}' starts at {fewest} crops but the executor takes {config.max_crops} at most: "
-                    "leave the tier out or lower its range."
+                    f"a knob has a name, values and a stage (and perhaps meanings, a description): got {knob!r}."
                 )
-        return space
+        return cls([Knob(**knob) for knob in values["knobs"]])
 
     def action_tokens(self) -> list[str]:
-        """Names of all actions, e.g. `tier=low`, `top_k=4`, `num_blocks=12`, grouped by knob, cheapest value first."""
-        return [f"{knob}={value}" for knob, values in self.values.items() for value in values]
+        """Names of all actions, e.g. `tier=low`, `depth=4`, grouped by knob, cheapest value first."""
+        return [f"{name}={value}" for name, values in self.values.items() for value in values]
+
+
+def parse_knob_values(arguments: Mapping[str, Any] | Sequence[str] | None) -> dict[str, list[Any]]:
+    """
+    Values of knobs as flags and recipes give them: `["tier=low,high", "depth=4,8"]`, or a mapping of name to values.
+
+    Args:
+        arguments (`Mapping[str, Any]` or `Sequence[str]`, *optional*):
+            As a flag or a recipe gives it. Values of a flag stay strings, which [`Knob.parse`] reads.
+
+    Returns:
+        `dict[str, list]`: values by name of the knob.
+
+    Raises:
+        ValueError: If an entry is not of the form `name=value,value`, or names a knob twice.
+    """
+    if arguments is None:
+        return {}
+    if isinstance(arguments, Mapping):
+        return {
+            name: list(values) if isinstance(values, list | tuple) else [values] for name, values in arguments.items()
+        }
+    chosen: dict[str, list[Any]] = {}
+    for argument in arguments:
+        name, separator, values = str(argument).partition("=")
+        if not separator or not values or name in chosen:
+            raise ValueError(
+                f'`knob_values` has {argument!r}: give each knob once, as name=value,value (e.g. "{name}=a,b").'
+            )
+        chosen[name] = values.split(",")
+    return chosen
 
 
 def build_action_tokenizer(space: KnobSpace) -> "PreTrainedTokenizerFast":
     """
-    Word-level tokenizer of the controller's decisions: one token an action, so that a knob setting is a completion of
-    three tokens that any TRL trainer can log and score.
+    Word-level tokenizer of the controller's decisions: one token an action, so that a knob setting is a completion of as
+    many tokens as there are knobs, which any TRL trainer can log and score.
 
     Ids are: `<pad>` 0, `<request>` 1 (stands for the prompt, and for everything that is not an action), then
     [`~KnobSpace.action_tokens`] in order from 2.
@@ -272,7 +431,7 @@ def build_action_tokenizer(space: KnobSpace) -> "PreTrainedTokenizerFast":
             The knob space.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: decodes ids to e.g. `"tier=low top_k=4 num_blocks=12"`.
+        [`~transformers.PreTrainedTokenizerFast`]: decodes ids to e.g. `"tier=low depth=4"`.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -5,39 +5,48 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
-import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, Value
 
-from .executor import ExecutorOutput, ExecutorRequest
+from .executor import Executor, ExecutorOutput, ExecutorRequest, FeatureSource
 from .knobs import KnobSetting, KnobSpace
-from .molmo.executor import MolmoExecutor
 
 
-if TYPE_CHECKING:
-    from .latency import LatencyEstimatorModel
+_OTHER_COLUMNS = ("sample_id", "answer", "accuracy", "output_tokens", "latency_ms", "executor_fingerprint")
 
 
-OUTCOME_FEATURES = Features(
-    {
-        "sample_id": Value("string"),
-        "tier": Value("string"),
-        "top_k": Value("int32"),
-        "num_blocks": Value("int32"),
-        "answer": Value("string"),
-        "accuracy": Value("float64"),
-        "num_views": Value("int32"),
-        "vision_tokens": Value("int32"),
-        "text_tokens": Value("int32"),
-        "output_tokens": Value("int32"),
-        "latency_ms": Value("float64"),
-        "executor_fingerprint": Value("string"),
+def outcome_features(knob_space: KnobSpace, count_names: Sequence[str]) -> Features:
+    """
+    Columns of a table of outcomes.
+
+    Args:
+        knob_space ([`KnobSpace`]):
+            Has the knobs: a column each.
+        count_names (`Sequence[str]`):
+            Counts of the executor: a column each.
+
+    Raises:
+        ValueError: If a knob or a count has the name of another column.
+    """
+    columns = ["sample_id", *knob_space.names, "answer", "accuracy", *count_names]
+    columns += ["output_tokens", "latency_ms", "executor_fingerprint"]
+    repeated = [name for name in columns if columns.count(name) > 1]
+    if repeated:
+        raise ValueError(f"tables of outcomes would have two columns `{repeated[0]}`: rename the knob or count.")
+    dtypes = {
+        "sample_id": "string",
+        **{knob.name: knob.dtype for knob in knob_space.knobs},
+        "answer": "string",
+        "accuracy": "float64",
+        "latency_ms": "float64",
+        "executor_fingerprint": "string",
     }
-)
-"""Columns of a table of outcomes."""
+    return Features({name: Value(dtypes.get(name, "int32")) for name in columns})
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,8 @@ class Outcome:
             The executor's answer.
         accuracy (`float`):
             Score of the answer, from 0 to 1.
-        num_views (`int`):
-            Views that the image was encoded in: the global one and the crops.
-        vision_tokens (`int`):
-            Tokens that stood for the image.
-        text_tokens (`int`):
-            Tokens of the prompt beside the image's.
+        counts (`Mapping[str, int]`):
+            How large the inputs were, by the executor's `count_names`.
         output_tokens (`int`):
             Tokens generated, the end-of-sequence token included.
         latency_ms (`float`, *optional*):
@@ -71,42 +76,65 @@ class Outcome:
     setting: KnobSetting
     answer: str
     accuracy: float
-    num_views: int
-    vision_tokens: int
-    text_tokens: int
+    counts: Mapping[str, int]
     output_tokens: int
     latency_ms: float | None = None
 
 
-def predict_latency_ms(latency_estimator: "LatencyEstimatorModel | None", outcomes: Sequence[Outcome]) -> torch.Tensor:
+class OutcomeSource(Protocol):
     """
-    Latency of requests whose outcome is known: estimated, or as it was measured.
+    Gives outcomes of samples at settings: from a record, or from a store that an executor fills.
 
-    Args:
-        latency_estimator ([`LatencyEstimatorModel`], *optional*):
-            Estimator. `None` takes each outcome's own measured latency.
-        outcomes (`Sequence[Outcome]`):
-            Settings and token counts of n requests.
-
-    Returns:
-        `torch.Tensor`: ms, of shape (n,), on the CPU.
-
-    Raises:
-        ValueError: If there is no estimator, and an outcome whose latency was not measured.
+    Attributes:
+        knob_space ([`KnobSpace`]):
+            Settings that outcomes can be asked for.
+        features ([`FeatureSource`] or `None`):
+            Gives the features of questions and images. `None` leaves a controller with the budget alone.
+        num_executed (`int`):
+            Answers that an executor was run for so far.
     """
-    if latency_estimator is None:
-        for outcome in outcomes:
-            if outcome.latency_ms is None:
-                raise ValueError(
-                    f"the latency of sample '{outcome.sample_id}' at {outcome.setting} was not measured: give a latency "
-                    "estimator."
-                )
-        return torch.tensor([outcome.latency_ms for outcome in outcomes])
-    counts = {
-        name: torch.tensor([getattr(outcome, name) for outcome in outcomes])
-        for name in ("num_views", "vision_tokens", "text_tokens", "output_tokens")
-    }
-    return latency_estimator.predict_latency_ms([outcome.setting for outcome in outcomes], **counts).cpu()
+
+    knob_space: KnobSpace
+    features: FeatureSource | None
+    num_executed: int
+
+    def collect(
+        self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting], progress: bool = False
+    ) -> list[Outcome]:
+        """
+        Outcomes of pairs of a sample and a setting.
+
+        Args:
+            samples (`Sequence[dict]`):
+                Rows with the columns `sample_id`, `image`, `question`, `answers`, `style` and `metric`.
+            settings (`Sequence[KnobSetting]`):
+                One setting for each sample.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar over the answers that are missing.
+
+        Returns:
+            `list[Outcome]`: One a pair, in order.
+
+        Raises:
+            ValueError: If the lengths differ, or there is no outcome of a pair.
+        """
+
+    def collect_together(self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting]) -> list[Outcome]:
+        """
+        As [`~OutcomeSource.collect`], called by all processes at once, each with pairs of its own: none is run by two of
+        them.
+        """
+
+    def check_processes(self, num_processes: int) -> None:
+        """
+        Refuses to serve several processes where they cannot share outcomes.
+
+        Raises:
+            ValueError: If there are several, and they cannot.
+        """
+
+    def finish(self) -> None:
+        """Tidies up what is kept, at the end of a run, in one process."""
 
 
 class OutcomeStore:
@@ -119,7 +147,9 @@ class OutcomeStore:
         path (`str` or `Path`, *optional*):
             Folder of the shards, created if missing. `None` keeps the outcomes in memory only.
         executor_fingerprint (`str`):
-            [`MolmoExecutor.fingerprint`] of the executor that the outcomes come from.
+            [`Executor.fingerprint`] of the executor that the outcomes come from.
+        knob_space ([`KnobSpace`]):
+            Its knobs. Outcomes at other values of these are kept, too.
 
     Raises:
         ValueError: If the folder holds outcomes of another executor, or a shard that is not a table of outcomes.
@@ -127,15 +157,16 @@ class OutcomeStore:
     Example:
 
     ```python
-    >>> store = OutcomeStore("outcomes", executor.fingerprint)
-    >>> store.get("scenes/train/000012", KnobSetting("low", 4, 12))
+    >>> store = OutcomeStore("outcomes", executor.fingerprint, executor.knob_space)
+    >>> store.get("scenes/train/000012", executor.knob_space.cheapest)
     >>> store.add([outcome])
     ```
     """
 
-    def __init__(self, path: str | Path | None, executor_fingerprint: str):
+    def __init__(self, path: str | Path | None, executor_fingerprint: str, knob_space: KnobSpace):
         self.path = None if path is None else Path(path)
         self.executor_fingerprint = executor_fingerprint
+        self.knob_space = knob_space
         self._outcomes: dict[tuple[str, KnobSetting], Outcome] = {}
         self._shards: set[str] = set()
         # A process id alone comes back after a restart, and on another machine that shares the folder.
@@ -195,26 +226,25 @@ class OutcomeStore:
             self._shards.remove(name)
 
     def to_dataset(self) -> Dataset:
-        """All outcomes as a table with the columns of [`OUTCOME_FEATURES`], ordered by sample and setting."""
+        """All outcomes as a table with the columns of [`outcome_features`], ordered by sample and setting."""
         return Dataset(self._to_table([self._outcomes[key] for key in sorted(self._outcomes)]))
 
     def _to_table(self, outcomes: Sequence[Outcome]) -> pyarrow.Table:
+        count_names = list(outcomes[0].counts) if outcomes else []
         rows = [
             {
                 "sample_id": outcome.sample_id,
-                **outcome.setting.to_dict(),
+                **outcome.setting,
                 "answer": outcome.answer,
                 "accuracy": outcome.accuracy,
-                "num_views": outcome.num_views,
-                "vision_tokens": outcome.vision_tokens,
-                "text_tokens": outcome.text_tokens,
+                **outcome.counts,
                 "output_tokens": outcome.output_tokens,
                 "latency_ms": outcome.latency_ms,
                 "executor_fingerprint": self.executor_fingerprint,
             }
             for outcome in outcomes
         ]
-        return pyarrow.Table.from_pylist(rows, schema=OUTCOME_FEATURES.arrow_schema)
+        return pyarrow.Table.from_pylist(rows, schema=outcome_features(self.knob_space, count_names).arrow_schema)
 
     def _write_shard(self, outcomes: Sequence[Outcome]) -> None:
         name = f"outcomes-{self._writer}-{self._num_written:06d}.parquet"
@@ -234,22 +264,40 @@ class OutcomeStore:
             raise ValueError(
                 f"'{shard}' is not a readable Parquet file ({error}): delete it, and its outcomes are computed again."
             ) from error
-        # Shards of the first version have no measured latencies.
-        if set(table.column_names) | {"latency_ms"} != set(OUTCOME_FEATURES):
+        knobs = self.knob_space.names
+        missing = [column for column in (*knobs, *_OTHER_COLUMNS) if column not in table.column_names]
+        if missing:
             raise ValueError(
-                f"'{shard}' has the columns {table.column_names} where outcomes have {list(OUTCOME_FEATURES)}: keep "
-                "nothing but outcomes in this folder, or choose another folder."
+                f"'{shard}' has no column {missing[0]!r} (it has {table.column_names}): keep nothing but outcomes over the "
+                f"knobs {', '.join(knobs)} in this folder, or choose another folder."
+            )
+        count_names = [column for column in table.column_names if column not in (*knobs, *_OTHER_COLUMNS)]
+        expected = outcome_features(self.knob_space, count_names).arrow_schema
+        differing = [field for field in expected if table.schema.field(field.name).type != field.type]
+        if differing:
+            raise ValueError(
+                f"'{shard}' has the column {differing[0].name!r} of type {table.schema.field(differing[0].name).type}, "
+                f"outcomes have {differing[0].type}: keep nothing but outcomes in this folder, or choose another folder."
             )
         rows = table.to_pylist()
-        fingerprints = {row.pop("executor_fingerprint") for row in rows}
+        fingerprints = {row["executor_fingerprint"] for row in rows}
         if fingerprints - {self.executor_fingerprint}:
             raise ValueError(
                 f"'{shard}' holds outcomes of another executor: fingerprint {sorted(fingerprints)[0][:12]}, this one's is "
-                f"{self.executor_fingerprint[:12]}. They differ in weights, importance scores, tiers, `max_new_tokens`, "
-                "processor or precision: choose another folder, or delete this one to compute its outcomes again."
+                f"{self.executor_fingerprint[:12]}. They differ in weights, blocks that run, what the knobs mean, "
+                "`max_new_tokens`, processor or precision: choose another folder, or delete this one to compute its "
+                "outcomes again."
             )
         return [
-            Outcome(setting=KnobSetting(row.pop("tier"), row.pop("top_k"), row.pop("num_blocks")), **row)
+            Outcome(
+                sample_id=row["sample_id"],
+                setting=KnobSetting({name: row[name] for name in knobs}),
+                answer=row["answer"],
+                accuracy=row["accuracy"],
+                counts={name: row[name] for name in count_names},
+                output_tokens=row["output_tokens"],
+                latency_ms=row["latency_ms"],
+            )
             for row in rows
         ]
 
@@ -259,8 +307,8 @@ class OutcomeCollector:
     Gives the outcomes of samples at settings: those that the store has, and those that the executor is run for.
 
     Args:
-        executor ([`MolmoExecutor`]):
-            Executor that answers.
+        executor ([`Executor`]):
+            Executor that answers, and that features come from.
         store ([`OutcomeStore`]):
             Where outcomes are looked up and kept.
         score (`Callable[[str, str, Sequence[str]], float]`):
@@ -272,9 +320,7 @@ class OutcomeCollector:
             Answers that the executor was run for so far.
     """
 
-    def __init__(
-        self, executor: MolmoExecutor, store: OutcomeStore, score: Callable[[str, str, Sequence[str]], float]
-    ):
+    def __init__(self, executor: Executor, store: OutcomeStore, score: Callable[[str, str, Sequence[str]], float]):
         if store.executor_fingerprint != executor.fingerprint:
             raise ValueError(
                 f"the store keeps outcomes of executor {store.executor_fingerprint[:12]}, but this executor is "
@@ -291,7 +337,7 @@ class OutcomeCollector:
         return self.executor.knob_space
 
     @property
-    def feature_source(self) -> MolmoExecutor:
+    def features(self) -> FeatureSource:
         """What gives the features of questions and images: the executor."""
         return self.executor
 
@@ -299,19 +345,8 @@ class OutcomeCollector:
         self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting], progress: bool = False
     ) -> list[Outcome]:
         """
-        Outcomes of pairs of a sample and a setting. Runs the executor for those that are missing, each once even if it is
-        asked for twice, and stores them batch by batch, so that little is lost when the process ends.
-
-        Args:
-            samples (`Sequence[dict]`):
-                Rows with the columns `sample_id`, `image`, `question`, `answers`, `style` and `metric`.
-            settings (`Sequence[KnobSetting]`):
-                One setting for each sample.
-            progress (`bool`, *optional*, defaults to `False`):
-                Whether to show a progress bar over the answers that are missing.
-
-        Returns:
-            `list[Outcome]`: One a pair, in order.
+        As [`OutcomeSource.collect`]. Runs the executor for the outcomes that are missing, each once even if it is asked
+        for twice, and stores them batch by batch, so that little is lost when the process ends.
 
         Raises:
             ValueError: If the lengths differ, or a sample has no reference answers.
@@ -344,9 +379,7 @@ class OutcomeCollector:
                         setting=output.setting,
                         answer=output.answer,
                         accuracy=score(output),
-                        num_views=output.num_views,
-                        vision_tokens=output.vision_tokens,
-                        text_tokens=output.text_tokens,
+                        counts=output.counts,
                         output_tokens=output.output_tokens,
                     )
                     for output in outputs
@@ -359,53 +392,61 @@ class OutcomeCollector:
             self.store.get(sample["sample_id"], setting) for sample, setting in zip(samples, settings, strict=True)
         ]
 
+    def collect_together(self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting]) -> list[Outcome]:
+        """As [`OutcomeSource.collect_together`]. The store must be in a folder that all processes see."""
+        state = PartialState()
+        if state.num_processes > 1:
+            keys = [(sample["sample_id"], setting) for sample, setting in zip(samples, settings, strict=True)]
+            missing = gather_object([[key for key in keys if key not in self.store]])
+            runs_on: dict[tuple[str, KnobSetting], int] = {}
+            for process_index, missing_there in enumerate(missing):
+                for key in missing_there:
+                    runs_on.setdefault(key, process_index)
+            mine = [row for row, key in enumerate(keys) if runs_on.get(key) == state.process_index]
+            self.collect([samples[row] for row in mine], [settings[row] for row in mine])
+            if runs_on:
+                state.wait_for_everyone()
+                self.store.reload()
+        return self.collect(samples, settings)
+
+    def check_processes(self, num_processes: int) -> None:
+        if num_processes > 1 and self.store.path is None:
+            raise ValueError(
+                f"{num_processes} processes share their outcomes through a folder, but the outcome store is in memory: open "
+                "it with a path."
+            )
+
+    def finish(self) -> None:
+        """Merges the shards of the store."""
+        self.store.compact()
+
 
 class RecordedOutcomes:
     """
     Gives outcomes that were recorded before, without an executor to run: what a controller is trained on when nothing but
-    results is at hand. Stands where an [`OutcomeCollector`] does.
+    results is at hand. An [`OutcomeSource`].
 
     Args:
         store ([`OutcomeStore`]):
             The recorded outcomes.
         knob_space ([`KnobSpace`]):
             Settings that were recorded.
-        feature_source ([`MolmoExecutor`], *optional*):
+        features ([`FeatureSource`], *optional*):
             Gives the features of questions and images, and never answers. `None` leaves a controller with the budget
             alone.
-
-    Attributes:
-        num_executed (`int`):
-            0: nothing is ever run.
     """
 
     num_executed = 0
 
-    def __init__(self, store: OutcomeStore, knob_space: KnobSpace, feature_source: MolmoExecutor | None = None):
+    def __init__(self, store: OutcomeStore, knob_space: KnobSpace, features: FeatureSource | None = None):
         self.store = store
         self.knob_space = knob_space
-        self.feature_source = feature_source
+        self.features = features
 
     def collect(
         self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting], progress: bool = False
     ) -> list[Outcome]:
-        """
-        Outcomes of pairs of a sample and a setting.
-
-        Args:
-            samples (`Sequence[dict]`):
-                Rows with the column `sample_id`.
-            settings (`Sequence[KnobSetting]`):
-                One setting for each sample.
-            progress (`bool`, *optional*, defaults to `False`):
-                Has no effect: looking up takes no time.
-
-        Returns:
-            `list[Outcome]`: One a pair, in order.
-
-        Raises:
-            ValueError: If the lengths differ, or an outcome was not recorded.
-        """
+        """As [`OutcomeSource.collect`]."""
         if len(samples) != len(settings):
             raise ValueError(f"{len(samples)} samples but {len(settings)} settings: give one setting for each sample.")
         outcomes = []
@@ -418,3 +459,13 @@ class RecordedOutcomes:
                 )
             outcomes.append(outcome)
         return outcomes
+
+    def collect_together(self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting]) -> list[Outcome]:
+        """As [`OutcomeSource.collect_together`]: each process has the whole record."""
+        return self.collect(samples, settings)
+
+    def check_processes(self, num_processes: int) -> None:
+        """Nothing to refuse: each process has the whole record."""
+
+    def finish(self) -> None:
+        """Nothing to tidy up: a record is left as it is."""

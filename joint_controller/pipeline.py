@@ -3,21 +3,15 @@
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from .controller import JointControllerModel, RequestController
-from .executor import ExecutorRequest
+from .controller import JointControllerModel, RequestController, find_controller_folder, load_controller
+from .decisions import decide
+from .executor import EMBEDDED, Executor, ExecutorRequest, load_executor
 from .knobs import KnobSetting
-from .latency import (
-    Guardrail,
-    LatencyEstimatorModel,
-    OriginalLatencyEstimatorModel,
-    read_latency_estimator,
-    settings_that_fit,
-)
-from .molmo.executor import MolmoExecutor
-from .outcomes import Outcome, predict_latency_ms
+from .latency import Guardrail, LatencyEstimator, read_latency_estimator, settings_that_fit
 
 
 @dataclass(frozen=True)
@@ -53,9 +47,9 @@ class JointPipeline:
     Args:
         controller ([`JointControllerModel`]):
             Chooses the setting of each request.
-        executor ([`MolmoExecutor`]):
+        executor ([`Executor`]):
             Answers. Its knob space must be the controller's.
-        latency_estimator ([`LatencyEstimatorModel`]):
+        latency_estimator ([`LatencyEstimator`]):
             Estimates what a request took.
         guardrail_quantile (`float`, *optional*):
             Lets the controller choose only among settings whose latency is predicted to stay below the budget, with an
@@ -73,29 +67,31 @@ class JointPipeline:
 
     >>> pipeline = JointPipeline.from_pretrained("outputs/easy_vqa")
     >>> pipeline(image, "what color is the star ?", latency_budget_ms=60)
-    BudgetedAnswer(answer='red', setting=KnobSetting(tier='medium', top_k=2, num_blocks=5), latency_ms=44.1, ...)
+    BudgetedAnswer(answer='red', setting=KnobSetting(tier='medium', ...), latency_ms=44.1, ...)
     ```
     """
 
     def __init__(
         self,
         controller: JointControllerModel,
-        executor: MolmoExecutor,
-        latency_estimator: LatencyEstimatorModel | OriginalLatencyEstimatorModel,
+        executor: Executor,
+        latency_estimator: LatencyEstimator,
         guardrail_quantile: float | None = None,
     ):
         if controller.knob_space != executor.knob_space:
             raise ValueError(
-                f"the controller chooses from {controller.knob_space.to_dict()}, but the executor takes "
-                f"{executor.knob_space.to_dict()}: give the executor the controller's knob space."
+                f"the controller chooses from {controller.knob_space}, but the executor takes {executor.knob_space}: give the "
+                "executor the controller's knob space."
             )
-        sees_features = controller.config.sees_question or controller.config.sees_image
-        if sees_features and controller.config.question_size != executor.hidden_size:
-            raise ValueError(
-                f"the controller was trained for an executor {controller.config.question_size} wide, but this one is "
-                f"{executor.hidden_size} wide: give the executor that it was trained with."
-            )
-        latency_estimator.check_executor(executor.model.config)
+        sizes = {"question": controller.sees_question, "vision": controller.sees_image}
+        for name in (f"{seen}_size" for seen, is_seen in sizes.items() if is_seen):
+            trained_for, there_is = getattr(controller.config, name), getattr(executor, name)
+            if trained_for != there_is:
+                raise ValueError(
+                    f"the controller was trained for an executor whose `{name}` is {trained_for}, but this one's is {there_is}: "
+                    "give the executor that it was trained with."
+                )
+        latency_estimator.check_executor(executor)
         self.executor = executor
         self.latency_estimator = latency_estimator
         self._guardrail = None
@@ -108,17 +104,17 @@ class JointPipeline:
     def from_pretrained(
         cls,
         controller_path: str | Path,
-        model_path: str | Path = "embedded",
+        model_path: str | Path = EMBEDDED,
         latency_estimator_path: str | Path | None = None,
         guardrail_quantile: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "JointPipeline":
         """
         Loads everything that answering needs.
 
         Args:
             controller_path (`str` or `Path`):
-                Output folder of a training.
+                Output folder of a training, or the name of a Hub repository (`org/name`).
             model_path (`str` or `Path`, *optional*, defaults to `"embedded"`):
                 The executor that the controller was trained with.
             latency_estimator_path (`str` or `Path`, *optional*):
@@ -127,20 +123,16 @@ class JointPipeline:
             guardrail_quantile (`float`, *optional*):
                 As in [`JointPipeline`].
             **kwargs:
-                Further arguments of [`MolmoExecutor.from_pretrained`].
+                Further arguments of [`~executor.load_executor`].
 
         Raises:
             FileNotFoundError: If the controller or the executor cannot be found.
         """
-        if not (Path(controller_path) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"`controller_path` '{controller_path}' is not the folder of a controller: give the output folder of "
-                "`joint-controller train`."
-            )
-        controller = JointControllerModel.from_pretrained(controller_path)
-        executor = MolmoExecutor.from_pretrained(model_path, knob_space=controller.knob_space, **kwargs)
+        folder = find_controller_folder(controller_path)
+        controller = load_controller(folder)
+        executor = load_executor(model_path, knob_space=controller.knob_space, **kwargs)
         if latency_estimator_path is None:
-            latency_estimator_path = Path(controller_path) / "latency_estimator"
+            latency_estimator_path = folder / "latency_estimator"
             if not latency_estimator_path.is_dir():
                 raise FileNotFoundError(
                     f"'{controller_path}' has no latency estimator, as the controller was trained on recorded latencies: give "
@@ -168,7 +160,7 @@ class JointPipeline:
             [`BudgetedAnswer`]
 
         Raises:
-            ValueError: If the question is empty or the budget is not positive.
+            ValueError: If the question is empty, the budget is not positive, or the executor does not know the style.
         """
         if not question.strip():
             raise ValueError("`question` is empty.")
@@ -177,31 +169,14 @@ class JointPipeline:
         # A name of its own: the executor keeps encoded images under it.
         sample_id = f"request-{next(self._numbers)}"
         request = ExecutorRequest(sample_id, image, question, style, self.executor.knob_space.cheapest)
-        setting, fits_budget = self._choose(request, latency_budget_ms)
-        [output] = self.executor.run([replace(request, setting=setting)])
-        outcome = Outcome(
-            sample_id=output.sample_id,
-            setting=setting,
-            answer=output.answer,
-            accuracy=float("nan"),  # nobody knows
-            num_views=output.num_views,
-            vision_tokens=output.vision_tokens,
-            text_tokens=output.text_tokens,
-            output_tokens=output.output_tokens,
-        )
-        latency_ms = predict_latency_ms(self.latency_estimator, [outcome]).item()
-        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms, fits_budget)
-
-    def _choose(self, request: ExecutorRequest, latency_budget_ms: float) -> tuple[KnobSetting, bool | None]:
-        config, space = self._controller.controller.config, self.executor.knob_space
         fits = fits_budget = None
         if self._guardrail is not None:
             predicted_ms = self._guardrail.predict_latency_ms([request])
-            [fits], [fits_budget] = settings_that_fit(predicted_ms, latency_budget_ms)
+            fits, [fits_budget] = settings_that_fit(predicted_ms, latency_budget_ms)
             fits_budget = fits_budget.item()
-        question = self.executor.question_features([request.question]) if config.sees_question else None
-        tier_index = self._controller.choose_tier(question, latency_budget_ms, fits)
-        tier = space.values["tier"][tier_index]
-        # Encoded here, the image is found again when the request is answered.
-        vision = self.executor.vision_features([request], tier) if config.sees_image else None
-        return space.setting((tier_index, *self._controller.choose_depth(vision))), fits_budget
+        # An image that is encoded to decide is found again when the request is answered.
+        [setting] = decide(self._controller, self.executor, [request], latency_budget_ms, fits).settings
+        [output] = self.executor.run([replace(request, setting=setting)])
+        counts = {name: [count] for name, count in output.counts.items()}
+        [latency_ms] = self.latency_estimator.predict_latency_ms([setting], counts, [output.output_tokens]).tolist()
+        return BudgetedAnswer(output.answer, setting, latency_ms, latency_budget_ms, fits_budget)

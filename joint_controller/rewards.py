@@ -1,19 +1,32 @@
 r"""
-What a knob setting is worth: five TRL reward functions and their weighted sum.
+What a knob setting is worth: TRL reward functions and their weighted sum. Five come with the package; a recipe may name
+others by their dotted path.
 
 With accuracy \\(a\\), latency \\(l\\) and budget \\(b\\) in milliseconds, \\(r = l / b\\), \\(k_i\\) the knobs on a scale
 from 0 (cheapest value) to 1 (highest value), and the default weights:
 
-$$ R = a - 0.5\,\sigma(10(r - 1)) - 10\max(0, r - 1)^2 + 0.1\,\max(0, 1 - r) - 0.05\,\tfrac{1}{3}\textstyle\sum_i k_i $$
+$$ R = a - 0.5\,\sigma(10(r - 1)) - 10\max(0, r - 1)^2 + 0.1\,\max(0, 1 - r) - 0.05\,\overline{k} $$
 
 Each function returns its term with its sign but without its weight, so that TRL's `reward_weights` alone sets how much a
 term counts, and `rewards/<name>/mean` in the logs keeps its scale when a recipe changes a weight.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .knobs import KnobSpace
+
+
+if TYPE_CHECKING:
+    from .outcomes import Outcome
+
+
+RewardFunction = Callable[..., list[float]]
+"""A reward function as TRL calls it: columns of a batch by keyword, one reward a row."""
 
 
 def accuracy_reward(accuracy: Sequence[float], **kwargs: Any) -> list[float]:
@@ -102,10 +115,10 @@ def efficiency_reward(latency_ms: Sequence[float], latency_budget_ms: Sequence[f
 
 def complexity_reward(normalized_knobs: Sequence[Sequence[float]], **kwargs: Any) -> list[float]:
     r"""
-    \\(-\tfrac{1}{3}\sum_i k_i\\): 0 at the cheapest setting, -1 at the full one.
+    \\(-\overline{k}\\), the mean over knobs: 0 at the cheapest setting, -1 at the full one.
 
     Args:
-        normalized_knobs (`list[tuple[float, float, float]]`):
+        normalized_knobs (`list[tuple[float, ...]]`):
             Each row's knobs from 0 to 1, as [`KnobSpace.normalized`] gives them.
         **kwargs:
             Other columns of the batch, as TRL passes them.
@@ -123,53 +136,127 @@ def _latency_ratio(latency_ms: Sequence[float], latency_budget_ms: Sequence[floa
     return np.asarray(latency_ms, dtype=np.float64) / budgets
 
 
-REWARD_FUNCTIONS: dict[str, Callable[..., list[float]]] = {
-    function.__name__: function
-    for function in (accuracy_reward, latency_reward, budget_violation_reward, efficiency_reward, complexity_reward)
+DEFAULT_REWARDS: dict[RewardFunction, float] = {
+    accuracy_reward: 1.0,
+    latency_reward: 0.5,
+    budget_violation_reward: 10.0,
+    efficiency_reward: 0.1,
+    complexity_reward: 0.05,
 }
-"""The reward functions by the name that they are logged under, in the order of `reward_weights`."""
+"""The reward functions of this package, and their weights in the default reward."""
 
-DEFAULT_REWARD_WEIGHTS = (1.0, 0.5, 10.0, 0.1, 0.05)
-"""Weight of each of `REWARD_FUNCTIONS` in the default reward."""
+REWARD_FUNCTIONS: dict[str, RewardFunction] = {function.__name__: function for function in DEFAULT_REWARDS}
+"""The reward functions of this package by the name that recipes and logs know them under."""
 
 
-def total_reward(
-    accuracy: Sequence[float],
-    latency_ms: Sequence[float],
-    latency_budget_ms: Sequence[float],
-    normalized_knobs: Sequence[Sequence[float]],
-    reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
-) -> np.ndarray:
+def resolve_rewards(
+    names: Sequence[str] | None = None, weights: Sequence[float] | None = None
+) -> dict[RewardFunction, float]:
     """
-    Weighted sum of all reward functions: what the trainer maximises, for evaluation outside it.
+    The table of reward functions and their weights that a recipe asks for.
 
     Args:
-        accuracy (`Sequence[float]`):
-            Score of each answer, from 0 to 1.
+        names (`Sequence[str]`, *optional*):
+            Names of `REWARD_FUNCTIONS`, or dotted paths of TRL reward functions (`"my_package.rewards.short_answer"`).
+            Defaults to all of `REWARD_FUNCTIONS`.
+        weights (`Sequence[float]`, *optional*):
+            Weight of each. By default those of `DEFAULT_REWARDS`, and 1 for a function that is not among them.
+
+    Raises:
+        ValueError: If a name is not that of a function or is given twice, or there is not one finite weight for each.
+    """
+    names = list(REWARD_FUNCTIONS) if names is None else list(names)
+    if not names:
+        raise ValueError("`reward_funcs` is empty: name at least one reward function.")
+    functions = [REWARD_FUNCTIONS.get(name) or _import_function(name) for name in names]
+    if len(set(functions)) < len(functions):
+        raise ValueError(f"`reward_funcs` names a function twice: {names}. Name each once, and give it its weight.")
+    if weights is None:
+        weights = [DEFAULT_REWARDS.get(function, 1.0) for function in functions]
+    if len(weights) != len(functions):
+        raise ValueError(f"`reward_weights` has {len(weights)} values: give one for each of {', '.join(names)}.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"`reward_weights` is {list(weights)}: all must be finite numbers.")
+    return dict(zip(functions, map(float, weights), strict=True))
+
+
+def _import_function(path: str) -> RewardFunction:
+    module, _, name = path.rpartition(".")
+    known = f"choose from {', '.join(REWARD_FUNCTIONS)}, or give a dotted path (my_package.module.function)"
+    if not module:
+        raise ValueError(f"there is no reward function '{path}': {known}.")
+    try:
+        function = vars(importlib.import_module(module)).get(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward function '{path}' cannot be imported ({error}): {known}.") from error
+    if not callable(function):
+        raise ValueError(f"reward function '{path}' is not a function of '{module}': {known}.")
+    return function
+
+
+def reward_names(rewards: Mapping[RewardFunction, float]) -> dict[str, float]:
+    """The table as configurations keep it: weights by name or dotted path, read back by [`resolve_rewards`]."""
+    return {
+        function.__name__
+        if REWARD_FUNCTIONS.get(function.__name__) is function
+        else f"{function.__module__}.{function.__qualname__}": weight
+        for function, weight in rewards.items()
+    }
+
+
+def reward_columns(
+    knob_space: KnobSpace,
+    samples: Sequence[Mapping[str, Any]],
+    outcomes: "Sequence[Outcome]",
+    latency_ms: Sequence[float],
+    latency_budgets_ms: Sequence[float],
+) -> dict[str, list[Any]]:
+    """
+    What reward functions are given for each request, in training and in evaluation.
+
+    Args:
+        knob_space ([`KnobSpace`]):
+            The knob space.
+        samples (`Sequence[dict]`):
+            Rows that were answered.
+        outcomes (`Sequence[Outcome]`):
+            What the executor did with each.
         latency_ms (`Sequence[float]`):
-            Latency of each request, in ms.
-        latency_budget_ms (`Sequence[float]`):
-            Budget of each request, in ms.
-        normalized_knobs (`Sequence[tuple[float, float, float]]`):
-            Each row's knobs from 0 to 1, as [`KnobSpace.normalized`] gives them.
-        reward_weights (`Sequence[float]`, *optional*, defaults to `DEFAULT_REWARD_WEIGHTS`):
-            Weight of each of `REWARD_FUNCTIONS`.
+            What each took, in ms.
+        latency_budgets_ms (`Sequence[float]`):
+            Budget of each, in ms.
+
+    Returns:
+        `dict[str, list]`: The columns of the rows but their images, and `accuracy`, `latency_ms`, `latency_budget_ms`,
+        `normalized_knobs`, `answer` and `setting`.
+    """
+    settings = [outcome.setting for outcome in outcomes]
+    return {
+        **{name: [sample[name] for sample in samples] for name in samples[0] if name != "image"},
+        "accuracy": [outcome.accuracy for outcome in outcomes],
+        "latency_ms": list(latency_ms),
+        "latency_budget_ms": list(latency_budgets_ms),
+        "normalized_knobs": [knob_space.normalized(setting) for setting in settings],
+        "answer": [outcome.answer for outcome in outcomes],
+        "setting": settings,
+    }
+
+
+def total_reward(rewards: Mapping[RewardFunction, float], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """
+    Weighted sum of reward functions: what the trainer maximises, for evaluation outside it.
+
+    Args:
+        rewards (`Mapping[RewardFunction, float]`):
+            Weight of each function, see [`resolve_rewards`].
+        columns (`Mapping[str, Sequence]`):
+            What [`reward_columns`] gives.
 
     Returns:
         `np.ndarray`: Rewards of shape (n,).
 
     Raises:
-        ValueError: If a budget is not positive, or there is not one weight for each reward function.
+        ValueError: If a budget is not positive.
     """
-    if len(reward_weights) != len(REWARD_FUNCTIONS):
-        raise ValueError(
-            f"`reward_weights` has {len(reward_weights)} values: give one for each of {', '.join(REWARD_FUNCTIONS)}."
-        )
-    columns = {
-        "accuracy": accuracy,
-        "latency_ms": latency_ms,
-        "latency_budget_ms": latency_budget_ms,
-        "normalized_knobs": normalized_knobs,
-    }
-    terms = np.array([function(**columns) for function in REWARD_FUNCTIONS.values()])  # (functions, n)
-    return np.asarray(reward_weights, dtype=np.float64) @ terms
+    terms = np.array([function(**columns) for function in rewards])  # (functions, n)
+    return np.array(list(rewards.values())) @ terms

@@ -28,7 +28,7 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_molmo_config():
     """A Molmo of the embedded executor's geometry (views of 8×8 patches, 4×4 tokens a view), much narrower."""
-    from joint_controller import MolmoConfig
+    from joint_controller.molmo import MolmoConfig
 
     return MolmoConfig(
         text_config=OlmoeConfig(
@@ -65,7 +65,7 @@ def tiny_molmo_config():
 @pytest.fixture(scope="session")
 def tiny_molmo(tiny_molmo_config):
     """Random weights, float32, evaluation mode. Shared by all tests: do not change it."""
-    from joint_controller import MolmoForConditionalGeneration
+    from joint_controller.molmo import MolmoForConditionalGeneration
 
     torch.manual_seed(0)
     return MolmoForConditionalGeneration(tiny_molmo_config).eval()
@@ -74,8 +74,7 @@ def tiny_molmo(tiny_molmo_config):
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_molmo_config):
     """Processor for `tiny_molmo`: a word-level tokenizer that fills its base vocabulary, images in up to 9 crops."""
-    from joint_controller import MolmoImageProcessor, MolmoProcessor
-    from joint_controller.molmo import build_word_tokenizer
+    from joint_controller.molmo import MolmoImageProcessor, MolmoProcessor, build_word_tokenizer
 
     words = ["what", "color", "shape", "is", "the", "a", "red", "green", "blue", "star", "circle", "left", "of", "?"]
     unfilled = build_word_tokenizer(words).convert_tokens_to_ids("<im_start>")

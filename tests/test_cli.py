@@ -1,145 +1,32 @@
-"""The command: help, errors in one line, recipes and flags, launching."""
+"""The command: its subcommands, their help, errors in one line, launching."""
 
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from joint_controller import __version__, cli
-from joint_controller.scripts import ScriptParser, guard, run_script
+from joint_controller.scripts import COMMON_INHERITED_FIELDS, command_parser, run_script
 
 
 REPOSITORY = Path(__file__).parents[1]
 
-
-@dataclass
-class Arguments:
-    """Fields of the kinds that scripts have."""
-
-    output_dir: str = field(metadata={"help": "Where results go."})
-    dataset_names: list[str] = field(default_factory=lambda: ["scenes"], metadata={"help": "Data sets."})
-    top_k_values: list[int] | None = field(default=None, metadata={"help": "Values of a knob."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate."})
-    max_samples: int | None = field(default=None, metadata={"help": "Samples."})
-    shuffle: bool = field(default=True, metadata={"help": "Whether to shuffle."})
-    mode: Literal["fast", "exact"] = field(default="fast", metadata={"help": "Mode."})
-    tier_crops: dict | None = field(default=None, metadata={"help": "Crop ranges, in a recipe only."})
+UPDATE_HELP = "UPDATE_HELP"
+"""Environment variable: set to 1, the help texts that ship are written anew."""
 
 
-def run(argv, recipe=None, tmp_path=None):
-    """Runs a script of the fields above; returns its exit code and the arguments that it got."""
-    if recipe is not None:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(recipe)
-        argv = ["--config", str(path), *argv]
-    got = []
-    return run_script("example", lambda: ScriptParser([Arguments]), got.append, argv), *got
-
-
-def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
-    recipe = """
-output_dir: outputs
-learning_rate: 1e-3
-max_samples: 7
-shuffle: false
-mode: exact
-top_k_values: [1, 2]
-tier_crops: {low: [1, 3]}
-"""
-    code, got = run(["--max_samples", "9", "--dataset_names", "a", "b"], recipe, tmp_path)
-    assert code == 0
-    assert got == Arguments("outputs", ["a", "b"], [1, 2], 1e-3, 9, False, "exact", {"low": [1, 3]})
-
-
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [
-        ("learning_rat: 1", "unknown field `learning_rat` in recipe '{path}'. Did you mean `learning_rate`?"),
-        ("zzz: 1", "unknown field `zzz` in recipe '{path}'. `--help` lists what there is."),
-        ("help: true", "unknown field `help` in recipe '{path}'. `--help` lists what there is."),
-        ("max_samples: many", "field `max_samples` in recipe '{path}' has the value 'many', which is not a valid int"),
-        ("max_samples: 1.5", "field `max_samples` in recipe '{path}' has the value 1.5, which is not a valid int"),
-        ("learning_rate: fast", "field `learning_rate` in recipe '{path}' has the value 'fast'"),
-        ("shuffle: perhaps", "field `shuffle` in recipe '{path}' has the value 'perhaps'"),
-        ("mode: slow", "field `mode` in recipe '{path}' has the value 'slow': choose from 'fast', 'exact'."),
-        ("dataset_names: scenes", "field `dataset_names` in recipe '{path}' must be a list, got 'scenes'"),
-        ("top_k_values: [1, two]", "field `top_k_values` in recipe '{path}' has the value [1, 'two']"),
-        ("- a\n- b", "Config file {path} must contain a YAML mapping."),
-        ("a: [1", "recipe '{path}' is not valid YAML"),
-        ("learning_rate: 1", "the following arguments are required: --output_dir"),
-    ],
-)
-def test_a_wrong_recipe_is_one_line_that_names_field_and_file(tmp_path, capsys, recipe, message):
-    (code,) = run([], recipe, tmp_path)
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == ""
-    assert captured.err.startswith(f"joint-controller example: error: {message.format(path=tmp_path / 'recipe.yaml')}")
-    assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--max_sample", "3"], "unknown flag `--max_sample`. Did you mean `--max_samples`?"),
-        (["--learning-rat=3"], "unknown flag `--learning-rat`. Did you mean `--learning-rate`?"),
-        (["surplus"], "unexpected argument 'surplus': arguments are given as `--field value`."),
-        (["--max_samples", "many"], "argument --max_samples/--max-samples: invalid int value: 'many'"),
-        (["--config"], "`--config` needs a value"),
-        (["--config", "none.yaml"], "recipe 'none.yaml' does not exist"),
-        (["--config=none.yaml"], "recipe 'none.yaml' does not exist"),
-        (["--config", "a.yaml", "--config", "b.yaml"], "`--config` is given twice"),
-    ],
-)
-def test_a_wrong_flag_is_one_line_that_names_it(capsys, argv, message):
-    (code,) = run(["--output_dir", "outputs", *argv])
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.err.startswith(f"joint-controller example: error: {message}")
-    assert captured.err.count("\n") == 1
-
-
-def test_help_of_a_script_teaches_its_fields(capsys):
+def test_help_lists_every_subcommand_with_an_example(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        run(["--help"])
+        cli.main(["--help"])
     assert exit_info.value.code == 0
-    help_text = capsys.readouterr().out
-    assert "usage: joint-controller example [--config RECIPE.yaml] [--FIELD VALUE ...]" in help_text
-    assert "Crop ranges, in a recipe only." in help_text
-
-
-def fail(error):
-    raise error
-
-
-def test_errors_at_the_edge_are_one_line_and_others_keep_their_traceback(capsys, monkeypatch):
-    assert guard("joint-controller x", lambda: fail(ValueError("row 17\n  is broken"))) == 2
-    assert capsys.readouterr().err == "joint-controller x: error: row 17 is broken\n"
-    assert guard("joint-controller x", lambda: fail(FileNotFoundError("no folder"))) == 2
-    assert guard("joint-controller x", lambda: fail(ModuleNotFoundError("no package"))) == 2
-    assert guard("joint-controller x", lambda: fail(KeyboardInterrupt())) == 130
-    assert guard("joint-controller x", lambda: None) == 0
-    with pytest.raises(ZeroDivisionError):
-        guard("joint-controller x", lambda: 1 / 0)
-    monkeypatch.setenv("JOINT_CONTROLLER_DEBUG", "1")
-    with pytest.raises(ValueError, match="row 17"):
-        guard("joint-controller x", lambda: fail(ValueError("row 17")))
-
-
-def test_help_lists_every_subcommand_with_an_example_and_does_not_import_torch():
-    code = "import sys; from joint_controller.cli import main; main(['--help'])"
-    shown = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
-    )
-    for name, (summary, flags) in cli.COMMANDS.items():
-        assert summary in shown.stdout
-        assert f"joint-controller {name} {flags}" in shown.stdout
-    imported = set(re.findall(r"\| +(\w+)\n", shown.stderr))
-    assert "argparse" in imported and "torch" not in imported
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name:15} {command.summary}\n" in shown
+        assert f"  joint-controller {name} {command.example}\n" in shown
 
 
 def test_without_a_subcommand_help_is_shown_and_a_wrong_one_is_refused(capsys):
@@ -152,6 +39,79 @@ def test_without_a_subcommand_help_is_shown_and_a_wrong_one_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_the_help_that_ships_is_what_the_parser_says(name):
+    text = command_parser(name, cli.import_command(name).make_parser).format_help()
+    if os.environ.get(UPDATE_HELP) == "1":
+        cli.help_file(name).write_text(text, encoding="utf-8")
+    assert cli.help_file(name).read_text(encoding="utf-8") == text, (
+        f"the help of `joint-controller {name}` is stale: write it anew with `{UPDATE_HELP}=1 pytest tests/test_cli.py`"
+    )
+
+
+def test_no_help_ships_without_a_subcommand():
+    files = {cli.help_file(name) for name in cli.COMMANDS}
+    assert files == set(cli.help_file("train").parent.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["train", "--help"], ["train", "-h"], ["train", "--config", "none.yaml", "--help"]])
+def test_help_of_a_subcommand_is_shown(argv, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        "usage: joint-controller train [--config RECIPE.yaml] [--FIELD VALUE ...]\n\nTrain a controller"
+    )
+    for field in ("model_path", "knob_values", "latency_budget_max_ms", "max_steps"):
+        assert re.search(rf"^  --{field}\b", shown, re.MULTILINE)
+
+
+def test_a_script_run_as_a_module_gives_the_same_help(capsys):
+    shown = subprocess.run(
+        [sys.executable, "-m", cli.COMMANDS["sweep"].module, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert cli.main(["sweep", "--help"]) == 0
+    assert shown == capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from joint_controller.cli import COMMANDS, main\n"
+        "for name in COMMANDS: assert main([*name.split(), '--help']) == 0\n"
+        "print(*sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    imported = set(shown.splitlines()[-1].split())
+    assert "joint_controller.cli" in imported
+    assert not {"torch", "transformers", "trl", "datasets", "numpy"} & imported
+
+
+def test_all_fields_of_a_training_are_shown_when_asked(capsys):
+    """The real parser of the installed versions: the fields of transformers and TRL, too."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train", "--help_all"])
+    assert exit_info.value.code == 0
+    everything = capsys.readouterr().out
+    for field in ("model_path", "latency_budget_max_ms", "adam_beta1", "num_generations", "ddp_timeout"):
+        assert f"\n  --{field} " in everything
+    assert cli.main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    fields = {line.split()[0] for line in short.splitlines() if line.startswith("  --")}
+    assert fields < {line.split()[0] for line in everything.splitlines() if line.startswith("  --")}
+    assert {f"--{name}" for name in COMMON_INHERITED_FIELDS} <= fields
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_the_example_of_each_subcommand_can_be_parsed(name, monkeypatch):
+    """The recipe exists, and recipe and flags are fields of the script."""
+    monkeypatch.chdir(REPOSITORY)
+    parsed = []
+    script = cli.import_command(name)
+    flags = cli.COMMANDS[name].example.split()
+    assert run_script(name, script.make_parser, lambda *args: parsed.extend(args), flags) == 0
+    assert parsed
 
 
 def test_a_missing_model_is_one_line(tmp_path, capsys):
@@ -174,14 +134,14 @@ def test_a_script_run_as_a_module_reports_errors_the_same_way(launcher, tmp_path
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("max_sample: 3")
     shown = subprocess.run(
-        [sys.executable, *launcher, "joint_controller.scripts.importance", "--config", recipe],
+        [sys.executable, *launcher, cli.COMMANDS["sweep"].module, "--config", recipe],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
     )
     assert shown.returncode != 0
     expected = f"unknown field `max_sample` in recipe '{recipe}'. Did you mean `max_samples`?"
-    assert f"joint-controller importance: error: {expected}\n" in shown.stderr
+    assert f"joint-controller sweep: error: {expected}\n" in shown.stderr
     if launcher == ["-m"]:
         assert shown.returncode == 2 and shown.stderr.count("\n") == 1
 
@@ -189,9 +149,12 @@ def test_a_script_run_as_a_module_reports_errors_the_same_way(launcher, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_processes", "4096"], "--num_processes 4096 asked for, but this machine has"),
-        (["--num_processes", "0"], "--num_processes 0 asked for"),
-        (["--accelerate_config", "none.yaml"], "accelerate config 'none.yaml' does not exist"),
+        (["--num_processes", "4096"], "--num_processes asks for 4096 processes, but this machine has"),
+        (["--num_processes", "0"], "--num_processes asks for 0 processes, but"),
+        (
+            ["--accelerate_config", "tpu"],
+            "accelerate config 'tpu' does not exist: give one of cpu, multi_gpu, single_gpu, or the path of a file",
+        ),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(capsys, flags, message):
@@ -199,10 +162,33 @@ def test_a_launch_that_cannot_be_is_refused(capsys, flags, message):
     assert capsys.readouterr().err.startswith(f"joint-controller train: error: {message}")
 
 
-def test_train_is_launched_through_accelerate_when_asked(tmp_path):
+def test_a_configuration_for_more_devices_than_there_are_is_refused(capsys, tmp_path):
+    path = tmp_path / "many.yaml"
+    text = (cli.ACCELERATE_CONFIGS / "multi_gpu.yaml").read_text()
+    path.write_text(text.replace("num_processes: 2", "num_processes: 4096"))
+    assert cli.main(["train", "--accelerate_config", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"joint-controller train: error: accelerate config '{path}' asks for 4096 processes, but this machine has"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_processes", "distributed_type", "use_cpu"),
+    [("cpu", 1, "NO", True), ("single_gpu", 1, "NO", False), ("multi_gpu", 2, "MULTI_GPU", False)],
+)
+def test_launch_configurations_ship(name, num_processes, distributed_type, use_cpu):
+    config = load_config_from_file(str(cli.ACCELERATE_CONFIGS / f"{name}.yaml"))
+    assert (config.num_processes, config.distributed_type.value) == (num_processes, distributed_type)
+    assert (config.use_cpu, config.mixed_precision, config.num_machines) == (use_cpu, "no", 1)
+    assert len(list(cli.ACCELERATE_CONFIGS.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_train_is_launched_through_accelerate_when_asked():
     """The launched script's own error line comes through, and its exit code."""
+    flags = ["--num_processes", "1", "--accelerate_config", "cpu", "--learning_rat", "1"]
     shown = subprocess.run(
-        [sys.executable, "-m", "joint_controller.cli", "train", "--num_processes", "1", "--learning_rat", "1"],
+        [sys.executable, "-m", "joint_controller.cli", "train", *flags],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -210,23 +196,3 @@ def test_train_is_launched_through_accelerate_when_asked(tmp_path):
     )
     assert shown.returncode == 2, shown.stderr
     assert "joint-controller train: error: unknown flag `--learning_rat`. Did you mean" in shown.stderr
-
-
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_the_example_of_each_subcommand_can_be_parsed(command, monkeypatch):
-    """The recipe exists, and recipe and flags are fields of the script."""
-    monkeypatch.chdir(REPOSITORY)
-    parsed = []
-    script = cli.import_script(command)
-    flags = cli.COMMANDS[command][1].split()
-    assert run_script(command, script.make_parser, lambda *args: parsed.extend(args), flags) == 0
-    assert parsed
-
-
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_the_help_of_each_subcommand_can_be_printed(command, capsys):
-    """A bare percent sign in a help text breaks all of it."""
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main([*command.split(), "--help"])
-    assert exit_info.value.code == 0
-    assert f"usage: joint-controller {command} " in capsys.readouterr().out

@@ -9,37 +9,38 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from datasets import load_dataset
+from datasets import Features, Value, load_dataset
+from molmo_knobs import molmo_setting, molmo_space
 from PIL import Image
 
-from joint_controller import KnobSetting, KnobSpace
+from joint_controller import Knob, KnobSpace
+from joint_controller.latency import RecordedLatencies
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import (
-    OUTCOME_FEATURES,
     Outcome,
     OutcomeCollector,
     OutcomeStore,
     RecordedOutcomes,
-    predict_latency_ms,
+    outcome_features,
 )
 
 
-SETTING = KnobSetting("low", 2, 3)
-OTHER = KnobSetting("high", 4, 4)
+SPACE = molmo_space({"low": (1, 1), "high": (4, 4)}, top_k=(2, 4), num_blocks=(3, 4))
+SETTING = molmo_setting("low", 2, 3)
+OTHER = molmo_setting("high", 4, 4)
+COUNTS = {"num_views": 2, "vision_tokens": 44, "text_tokens": 15}
 METRICS = {"answer0": "vqa_accuracy", "answer1": "anls", "answer2": "exact_count"}
 
 
 def outcome(sample_id, setting=SETTING, answer="red", accuracy=1 / 3):
-    return Outcome(
-        sample_id, setting, answer, accuracy, num_views=2, vision_tokens=44, text_tokens=15, output_tokens=2
-    )
+    return Outcome(sample_id, setting, answer, accuracy, COUNTS, output_tokens=2)
 
 
 def test_outcomes_are_found_again_by_sample_and_setting(tmp_path):
-    store = OutcomeStore(tmp_path / "outcomes", "executor")
+    store = OutcomeStore(tmp_path / "outcomes", "executor", SPACE)
     store.add([outcome("a"), outcome("b", OTHER, "größer ≠ \n 2", 0.1)])
     store.add([outcome("a", OTHER)])
-    for opened in (store, OutcomeStore(tmp_path / "outcomes", "executor")):
+    for opened in (store, OutcomeStore(tmp_path / "outcomes", "executor", SPACE)):
         assert len(opened) == 3
         assert opened.get("a", SETTING) == outcome("a")
         assert opened.get("b", OTHER) == outcome("b", OTHER, "größer ≠ \n 2", 0.1)
@@ -49,7 +50,7 @@ def test_outcomes_are_found_again_by_sample_and_setting(tmp_path):
 
 def test_a_store_without_a_path_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store = OutcomeStore(None, "executor")
+    store = OutcomeStore(None, "executor", SPACE)
     store.add([outcome("a")])
     store.compact()
     assert store.get("a", SETTING) == outcome("a")
@@ -57,7 +58,7 @@ def test_a_store_without_a_path_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_known_stays_and_is_not_written_again(tmp_path):
-    store = OutcomeStore(tmp_path, "executor")
+    store = OutcomeStore(tmp_path, "executor", SPACE)
     store.add([outcome("a"), outcome("a", answer="blue")])
     store.add([outcome("a", answer="green")])
     store.add([])
@@ -66,29 +67,35 @@ def test_what_is_known_stays_and_is_not_written_again(tmp_path):
 
 
 def test_another_executor_is_refused_and_nothing_is_lost(tmp_path):
-    OutcomeStore(tmp_path, "a" * 64).add([outcome("a")])
+    OutcomeStore(tmp_path, "a" * 64, SPACE).add([outcome("a")])
     with pytest.raises(ValueError, match="outcomes of another executor: fingerprint aaaaaaaaaaaa, .* bbbbbbbbbbbb"):
-        OutcomeStore(tmp_path, "b" * 64)
-    assert len(OutcomeStore(tmp_path, "a" * 64)) == 1
+        OutcomeStore(tmp_path, "b" * 64, SPACE)
+    assert len(OutcomeStore(tmp_path, "a" * 64, SPACE)) == 1
 
 
 def test_foreign_and_broken_files_are_refused_by_name(tmp_path):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="broken.parquet' is not a readable Parquet file"):
-        OutcomeStore(tmp_path, "executor")
+        OutcomeStore(tmp_path, "executor", SPACE)
     broken.unlink()
-    OutcomeStore(None, "executor").to_dataset().remove_columns("answer").to_parquet(tmp_path / "foreign.parquet")
-    with pytest.raises(ValueError, match="foreign.parquet' has the columns"):
-        OutcomeStore(tmp_path, "executor")
+    OutcomeStore(None, "executor", SPACE).to_dataset().remove_columns("answer").to_parquet(
+        tmp_path / "foreign.parquet"
+    )
+    with pytest.raises(ValueError, match="foreign.parquet' has no column 'answer'"):
+        OutcomeStore(tmp_path, "executor", SPACE)
 
 
 def test_the_table_is_a_data_set_in_order_and_the_shards_load_as_one(tmp_path):
-    store = OutcomeStore(tmp_path, "executor")
+    store = OutcomeStore(tmp_path, "executor", SPACE)
     store.add([outcome("b"), outcome("a", SETTING)])
     store.add([outcome("a", OTHER)])
     table = store.to_dataset()
-    assert table.features == OUTCOME_FEATURES
+    assert table.features == outcome_features(SPACE, list(COUNTS))
+    texts = {name: Value("string") for name in ("sample_id", "tier", "answer", "executor_fingerprint")}
+    numbers = {name: Value("float64") for name in ("accuracy", "latency_ms")}
+    counts = {name: Value("int32") for name in ("top_k", "num_blocks", *COUNTS, "output_tokens")}
+    assert table.features == Features({**texts, **numbers, **counts})
     assert list(zip(table["sample_id"], table["tier"], strict=True)) == [("a", "high"), ("a", "low"), ("b", "low")]
     loaded = load_dataset(
         "parquet", data_files=str(tmp_path / "*.parquet"), split="train", cache_dir=tmp_path / "cache"
@@ -96,28 +103,39 @@ def test_the_table_is_a_data_set_in_order_and_the_shards_load_as_one(tmp_path):
     assert sorted(loaded.to_list(), key=str) == sorted(table.to_list(), key=str)
 
 
-def test_measured_latencies_are_kept_and_shards_without_them_still_read(tmp_path):
-    store = OutcomeStore(tmp_path, "executor")
+def test_measured_latencies_are_kept(tmp_path):
+    store = OutcomeStore(tmp_path, "executor", SPACE)
     store.add([replace(outcome("a"), latency_ms=12.5), outcome("b")])
-    opened = OutcomeStore(tmp_path, "executor")
+    opened = OutcomeStore(tmp_path, "executor", SPACE)
     assert opened.get("a", SETTING).latency_ms == 12.5 and opened.get("b", SETTING).latency_ms is None
-    older = store.to_dataset().remove_columns("latency_ms")
-    (tmp_path / "older").mkdir()
-    older.to_parquet(tmp_path / "older" / "outcomes-1-0-000000.parquet")
-    assert OutcomeStore(tmp_path / "older", "executor").get("a", SETTING) == outcome("a")
+
+
+def test_knobs_and_counts_of_any_names_are_columns_and_those_of_others_are_refused(tmp_path):
+    space = KnobSpace([Knob("palette", ("gray", "color"), stage=2), Knob("threshold", (0.25, 0.5), stage=1)])
+    store = OutcomeStore(tmp_path, "executor", space)
+    known = Outcome("a", space.full, "red", 1.0, {"pixels": 640, "prompt_tokens": 7}, 2)
+    store.add([known])
+    assert OutcomeStore(tmp_path, "executor", space).get("a", space.full) == known
+    assert store.to_dataset().features == outcome_features(space, ["pixels", "prompt_tokens"])
+    with pytest.raises(ValueError, match=r"no column 'tier' .* keep nothing but outcomes over the knobs tier, top_k"):
+        OutcomeStore(tmp_path, "executor", SPACE)
+    with pytest.raises(ValueError, match="two columns `pixels`"):
+        outcome_features(KnobSpace([Knob("pixels", (1, 2), stage=1)]), ["pixels"])
+    with pytest.raises(ValueError, match="two columns `accuracy`"):
+        outcome_features(KnobSpace([Knob("accuracy", (1, 2), stage=1)]), [])
 
 
 def test_without_an_estimator_latencies_are_the_measured_ones():
     outcomes = [replace(outcome("a"), latency_ms=12.5), replace(outcome("b"), latency_ms=7.0)]
-    assert predict_latency_ms(None, outcomes).tolist() == [12.5, 7.0]
+    assert RecordedLatencies().latency_ms(outcomes).tolist() == [12.5, 7.0]
     with pytest.raises(ValueError, match="latency of sample 'c' at tier=low top_k=2 num_blocks=3 was not measured"):
-        predict_latency_ms(None, [*outcomes, outcome("c")])
+        RecordedLatencies().latency_ms([*outcomes, outcome("c")])
 
 
 def test_recorded_outcomes_are_looked_up_and_a_missing_one_is_named():
-    store = OutcomeStore(None, "recorded")
+    store = OutcomeStore(None, "recorded", SPACE)
     store.add([outcome("a"), outcome("a", OTHER, answer="blue"), outcome("b")])
-    collector = RecordedOutcomes(store, KnobSpace({"low": (1, 1), "high": (4, 4)}, top_k=(2, 4), num_blocks=(3, 4)))
+    collector = RecordedOutcomes(store, SPACE)
     samples = [{"sample_id": "a"}, {"sample_id": "b"}, {"sample_id": "a"}]
     assert collector.collect(samples, [OTHER, SETTING, SETTING]) == [
         outcome("a", OTHER, answer="blue"),
@@ -131,7 +149,7 @@ def test_recorded_outcomes_are_looked_up_and_a_missing_one_is_named():
 
 
 def test_processes_that_share_a_folder_see_each_other_after_reload(tmp_path):
-    first, second = OutcomeStore(tmp_path, "executor"), OutcomeStore(tmp_path, "executor")
+    first, second = OutcomeStore(tmp_path, "executor", SPACE), OutcomeStore(tmp_path, "executor", SPACE)
     first.add([outcome("a")])
     second.add([outcome("b")])
     assert second.get("a", SETTING) is None
@@ -141,7 +159,7 @@ def test_processes_that_share_a_folder_see_each_other_after_reload(tmp_path):
 
 
 def test_compacting_leaves_one_shard_while_others_write_and_read(tmp_path):
-    first, second = OutcomeStore(tmp_path, "executor"), OutcomeStore(tmp_path, "executor")
+    first, second = OutcomeStore(tmp_path, "executor", SPACE), OutcomeStore(tmp_path, "executor", SPACE)
     for index in range(5):
         first.add([outcome(f"first{index}")])
     second.add([outcome("second")])  # not known to the first store
@@ -155,14 +173,14 @@ def test_compacting_leaves_one_shard_while_others_write_and_read(tmp_path):
     second.add([outcome("last")])
     second.compact()
     first.reload()
-    assert len(first) == len(second) == len(OutcomeStore(tmp_path, "executor")) == 8
+    assert len(first) == len(second) == len(OutcomeStore(tmp_path, "executor", SPACE)) == 8
 
 
 def test_a_shard_that_is_compacted_away_while_the_folder_is_read_is_no_loss(tmp_path, monkeypatch):
-    writer = OutcomeStore(tmp_path, "executor")
+    writer = OutcomeStore(tmp_path, "executor", SPACE)
     writer.add([outcome("a")])
     writer.add([outcome("b")])
-    reader = OutcomeStore(None, "executor")
+    reader = OutcomeStore(None, "executor", SPACE)
     reader.path = tmp_path
     listed = sorted(tmp_path.glob("*.parquet"))
     writer.compact()
@@ -175,11 +193,13 @@ def test_a_shard_that_is_compacted_away_while_the_folder_is_read_is_no_loss(tmp_
 
 WRITER = """
 import sys
-from joint_controller import KnobSetting
+from joint_controller import Knob, KnobSpace
 from joint_controller.outcomes import Outcome, OutcomeStore
-store = OutcomeStore(sys.argv[1], "executor")
+space = KnobSpace([Knob("tier", ("low", "high"), 1), Knob("top_k", (2, 4), 2), Knob("num_blocks", (3, 4), 2)])
+counts = {"num_views": 2, "vision_tokens": 44, "text_tokens": 15}
+store = OutcomeStore(sys.argv[1], "executor", space)
 for shard in range(100_000):
-    store.add([Outcome(f"{sys.argv[2]}-{shard}-{row}", KnobSetting("low", 2, 3), "red", 1.0, 2, 44, 15, 2) for row in range(50)])
+    store.add([Outcome(f"{sys.argv[2]}-{shard}-{row}", space.cheapest, "red", 1.0, counts, 2) for row in range(50)])
     print(shard, flush=True)
     if shard % 10 == 9:
         store.reload()
@@ -206,16 +226,15 @@ def test_two_writers_that_are_killed_lose_nothing_that_was_added(tmp_path):
         assert writer.returncode == -signal.SIGKILL
         added[name] = int(lines[-1]) if lines else added[name]
     (folder / "outcomes-1-killed-000000.parquet.tmp").write_bytes(b"half a shard")
-    store = OutcomeStore(folder, "executor")
+    store = OutcomeStore(folder, "executor", SPACE)
     for name, last in added.items():
         for shard in range(last + 1):
-            assert all(store.get(f"{name}-{shard}-{row}", SETTING) is not None for row in range(50))
+            assert all(store.get(f"{name}-{shard}-{row}", SPACE.cheapest) is not None for row in range(50))
 
 
 @pytest.fixture(scope="module")
 def executor(tiny_molmo, tiny_processor):
-    space = KnobSpace({"low": (1, 1), "high": (4, 4)}, top_k=(2, 4), num_blocks=(3, 4))
-    return MolmoExecutor(tiny_molmo, tiny_processor, space, max_new_tokens=3, batch_size=2)
+    return MolmoExecutor(tiny_molmo, tiny_processor, SPACE, max_new_tokens=3, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -242,23 +261,23 @@ def score(metric, answer, answers):
 
 
 def test_collected_outcomes_are_the_executors_and_scored_against_their_own_references(executor, samples, tmp_path):
-    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score)
+    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint, SPACE), score)
     outcomes = collector.collect([samples[2], samples[0], samples[2]], [SETTING, OTHER, OTHER])
     for index, setting, got in zip((2, 0, 2), (SETTING, OTHER, OTHER), outcomes, strict=True):
-        alone = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), score)
+        alone = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint, SPACE), score)
         assert alone.collect([samples[index]], [setting]) == [got]
         assert (got.sample_id, got.setting) == (f"sample{index}", setting)
         assert got.accuracy == len(got.answer) + index / 10
 
 
 def test_nothing_is_run_twice(executor, samples, tmp_path):
-    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score)
+    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint, SPACE), score)
     first = collector.collect([samples[0], samples[1], samples[0], samples[0]], [SETTING, SETTING, SETTING, OTHER])
     assert collector.num_executed == 3
     assert first[0] == first[2]
     assert collector.collect([samples[1], samples[0]], [SETTING, OTHER]) == [first[1], first[3]]
     assert collector.num_executed == 3
-    resumed = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score)
+    resumed = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint, SPACE), score)
     assert resumed.collect([samples[0], samples[2]], [SETTING, SETTING])[0] == first[0]
     assert resumed.num_executed == 1
     assert resumed.collect([], []) == []
@@ -270,17 +289,17 @@ def test_each_batch_is_stored_before_the_next_is_run(executor, samples, tmp_path
             raise RuntimeError("killed here")
         return 1.0
 
-    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint), score_until_the_third)
+    collector = OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint, SPACE), score_until_the_third)
     with pytest.raises(RuntimeError, match="killed here"):
         collector.collect(samples, [SETTING] * 3)
-    assert len(OutcomeStore(tmp_path, executor.fingerprint)) == 2
+    assert len(OutcomeStore(tmp_path, executor.fingerprint, SPACE)) == 2
 
 
 def test_bad_input_is_refused(executor, samples, tmp_path):
-    collector = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), score)
+    collector = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint, SPACE), score)
     with pytest.raises(ValueError, match="3 samples but 1 settings"):
         collector.collect(samples, [SETTING])
     with pytest.raises(ValueError, match="sample 'sample1' has no reference answers"):
         collector.collect([samples[0], {**samples[1], "answers": []}], [SETTING, SETTING])
     with pytest.raises(ValueError, match="the store keeps outcomes of executor another"):
-        OutcomeCollector(executor, OutcomeStore(None, "another"), score)
+        OutcomeCollector(executor, OutcomeStore(None, "another", SPACE), score)

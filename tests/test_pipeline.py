@@ -1,10 +1,14 @@
-import pytest
+import shutil
 
+import pytest
+from molmo_knobs import molmo_setting
+from safetensors.torch import load_file, save_file
+
+import joint_controller.controller.loading
 from joint_controller import (
     JointControllerConfig,
     JointControllerModel,
     JointPipeline,
-    KnobSetting,
     LatencyEstimatorModel,
 )
 from joint_controller.data import load_vqa_dataset
@@ -20,15 +24,15 @@ def controller_path(tmp_path_factory):
     controller = JointControllerModel(
         JointControllerConfig(
             knob_space=executor.knob_space.to_dict(),
-            question_size=executor.hidden_size,
-            vision_size=executor.hidden_size,
+            question_size=executor.question_size,
+            vision_size=executor.vision_size,
             latency_budget_min_ms=30,
             latency_budget_max_ms=110,
         )
     )
-    controller.stage1.tier_head.bias.data[1] = 1.0
-    controller.stage2.top_k_head.bias.data[3] = 1.0
-    controller.stage2.num_blocks_head.bias.data[3] = 1.0
+    controller.stage1.heads[0].bias.data[1] = 1.0
+    controller.stage2.heads[0].bias.data[3] = 1.0
+    controller.stage2.heads[1].bias.data[3] = 1.0
     folder = tmp_path_factory.mktemp("controller")
     controller.save_pretrained(folder)
     LatencyEstimatorModel.from_pretrained(embedded_latency_estimator_path()).save_pretrained(
@@ -39,7 +43,7 @@ def controller_path(tmp_path_factory):
 
 def test_answers_are_the_executors_at_the_controllers_setting(controller_path):
     pipeline = JointPipeline.from_pretrained(controller_path, max_new_tokens=2)
-    setting = KnobSetting("medium", 8, 8)
+    setting = molmo_setting("medium", 8, 8)
     for row in load_vqa_dataset("easy_vqa", "test", max_samples=4):
         found = pipeline(row["image"], row["question"], latency_budget_ms=80)
         request = ExecutorRequest(row["sample_id"], row["image"], row["question"], "vqa2", setting)
@@ -47,7 +51,7 @@ def test_answers_are_the_executors_at_the_controllers_setting(controller_path):
         assert (found.answer, found.setting, found.latency_budget_ms) == (output.answer, setting, 80)
         assert found.answer == row["answers"][0]  # the executor answers easy-vqa rightly
         [expected] = pipeline.latency_estimator.predict_latency_ms(
-            [setting], [5], [output.vision_tokens], [output.text_tokens], [output.output_tokens]
+            [setting], {name: [count] for name, count in output.counts.items()}, [output.output_tokens]
         ).tolist()
         assert found.latency_ms == pytest.approx(expected)
 
@@ -71,13 +75,16 @@ def test_guardrail_takes_the_likeliest_setting_that_is_predicted_to_fit(controll
 
     def predicted_ms(setting):
         request = ExecutorRequest("brute-force", row["image"], row["question"], "vqa2", setting)
-        [encoded] = executor.encode([request], setting.tier)
-        text_tokens = len(encoded.input_ids) - encoded.vision_tokens
-        counts = [encoded.num_views], [encoded.vision_tokens], [text_tokens], [2]
-        return pipeline.latency_estimator.predict_latency_ms([setting], *counts, quantile=0.95).item()
+        [encoded] = executor.encode([request], setting["tier"])
+        counts = {
+            "num_views": [encoded.num_views],
+            "vision_tokens": [encoded.vision_tokens],
+            "text_tokens": [len(encoded.input_ids) - encoded.vision_tokens],
+        }
+        return pipeline.latency_estimator.predict_latency_ms([setting], counts, [2], quantile=0.95).item()
 
     latencies = {setting: predicted_ms(setting) for setting in executor.knob_space}
-    wanted = KnobSetting("medium", 8, 8)
+    wanted = molmo_setting("medium", 8, 8)
     cheapest, full = latencies[executor.knob_space.cheapest], latencies[executor.knob_space.full]
     chosen = set()
     for budget in (
@@ -91,16 +98,16 @@ def test_guardrail_takes_the_likeliest_setting_that_is_predicted_to_fit(controll
         fits = [setting for setting, latency_ms in latencies.items() if latency_ms <= budget]
         # Stage 1: medium if anything of it fits. Stage 2: of 8 experts and 8 blocks, as many as fit; the heads' other
         # logits are alike, so that of two settings that keep one of the two, the first is taken.
-        tier = "medium" if any(setting.tier == "medium" for setting in fits) else "low"
+        tier = "medium" if any(setting["tier"] == "medium" for setting in fits) else "low"
         likeliest = max(
-            (setting for setting in fits if setting.tier == tier),
-            key=lambda setting: (setting.top_k == 8) + (setting.num_blocks == 8),
+            (setting for setting in fits if setting["tier"] == tier),
+            key=lambda setting: (setting["top_k"] == 8) + (setting["num_blocks"] == 8),
         )
         found = pipeline(row["image"], row["question"], latency_budget_ms=budget)
         assert found.fits_budget is True and found.setting == likeliest and found.latency_ms <= budget
         chosen.add(found.setting)
     assert len(chosen) > 3 and wanted in chosen
-    assert {setting.tier for setting in chosen} == {"low", "medium"}
+    assert {setting["tier"] for setting in chosen} == {"low", "medium"}
     # Nothing fits: the cheapest setting, and the answer says so.
     found = pipeline(row["image"], row["question"], latency_budget_ms=0.99 * cheapest)
     assert found.fits_budget is False and found.setting == executor.knob_space.cheapest
@@ -113,3 +120,56 @@ def test_guardrail_takes_the_likeliest_setting_that_is_predicted_to_fit(controll
 def test_a_guardrail_that_cannot_promise_is_refused(controller_path):
     with pytest.raises(ValueError, match="has no quantile 0.5 of 'total'"):
         JointPipeline.from_pretrained(controller_path, guardrail_quantile=0.5)
+
+
+def broken_copy(controller_path, folder, break_weights):
+    """A copy of the controller whose weights are changed by `break_weights(path)`."""
+    shutil.copytree(controller_path, folder)
+    break_weights(folder / "model.safetensors")
+    return folder
+
+
+def test_a_broken_controller_is_refused_in_one_line(controller_path, tmp_path):
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:1000])
+
+    def empty(path):
+        path.write_bytes(b"")
+
+    def make_nan(path):
+        weights = load_file(path)
+        weights["stage1.heads.0.bias"][0] = float("nan")
+        save_file(weights, path, {"format": "pt"})
+
+    def drop_a_value(path):
+        weights = load_file(path)
+        weights["stage1.heads.0.bias"] = weights["stage1.heads.0.bias"][:1].clone()
+        save_file(weights, path, {"format": "pt"})
+
+    def drop_a_weight(path):
+        weights = load_file(path)
+        del weights["stage1.heads.0.bias"]
+        save_file(weights, path, {"format": "pt"})
+
+    messages = {
+        cut: "model.safetensors' cannot be read",
+        empty: "model.safetensors' cannot be read",
+        make_nan: r"holds weights that are not finite \('stage1.heads.0.bias'\)",
+        drop_a_value: "does not fit|cannot be read",
+        drop_a_weight: "does not fit '.*config.json' .stage1.heads.0.bias",
+    }
+    for number, (break_weights, message) in enumerate(messages.items()):
+        with pytest.raises(ValueError, match=message) as raised:
+            JointPipeline.from_pretrained(broken_copy(controller_path, tmp_path / str(number), break_weights))
+        assert "\n" not in str(raised.value)
+
+
+def test_a_controller_is_taken_from_the_hub_by_its_name(controller_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        joint_controller.controller.loading,
+        "snapshot_download",
+        lambda name, **kwargs: asked.append(name) or str(controller_path),
+    )
+    assert JointPipeline.from_pretrained("somebody/controller").latency_estimator.config.held_out
+    assert asked == ["somebody/controller"]

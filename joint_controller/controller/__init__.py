@@ -2,18 +2,21 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .choosing import BatchController
 from .configuration_joint_controller import JointControllerConfig
+from .loading import find_controller_folder, load_controller
 from .modeling_joint_controller import JointControllerModel, JointControllerOutput
-from .request_controller import RequestController, likeliest_depth, likeliest_tier
+from .request_controller import RequestController
 
 
 __all__ = [
+    "BatchController",
     "JointControllerConfig",
     "JointControllerModel",
     "JointControllerOutput",
     "RequestController",
-    "likeliest_depth",
-    "likeliest_tier",
+    "find_controller_folder",
+    "load_controller",
 ]
 
 AutoConfig.register("joint_controller", JointControllerConfig)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
+from ..knobs import KnobSpace
 
 
 STAGE1_INPUTS = ("question_and_budget", "budget")
@@ -11,19 +11,17 @@ STAGE2_INPUTS = ("image_question_and_budget", "question_and_budget", "budget")
 
 class JointControllerConfig(PreTrainedConfig):
     r"""
-    Configuration of [`JointControllerModel`]. The defaults fit `allenai/MolmoE-1B-0924` as the executor.
+    Configuration of [`JointControllerModel`].
 
     Args:
         > Parameters that describe the executor
 
         knob_space (`dict`, *optional*):
-            Values that the knobs may take, as in [`KnobSpace.to_dict`]. Defaults to three tiers, 4 to 8 experts per token
-            and 12 to 16 blocks.
+            Knobs of the executor, as in [`KnobSpace.to_dict`]. Required by the model.
         question_size (`int`, *optional*, defaults to 2048):
-            Width of the question features: the executor's hidden size. Not used where no stage sees the question.
+            Width of the executor's question features. Not used where no stage sees the question.
         vision_size (`int`, *optional*, defaults to 2048):
-            Width of the pooled vision features: the executor's hidden size. Not used where stage 2 does not see the
-            image.
+            Width of the executor's vision features. Not used where stage 2 does not see the image.
 
         > Parameters that describe the budget
 
@@ -39,14 +37,19 @@ class JointControllerConfig(PreTrainedConfig):
         > Parameters that describe the policy
 
         stage1_inputs (`str`, *optional*, defaults to `"question_and_budget"`):
-            What stage 1 decides the tier from: `"question_and_budget"`, or `"budget"` alone.
+            What stage 1 decides its knobs from: `"question_and_budget"`, or `"budget"` alone.
         stage2_inputs (`str`, *optional*, defaults to `"image_question_and_budget"`):
-            What stage 2 decides top_k and num_blocks from, beside the tier: `"image_question_and_budget"`,
+            What stage 2 decides its knobs from, besides the choice of stage 1: `"image_question_and_budget"`,
             `"question_and_budget"`, or `"budget"` alone.
         projection_size (`int`, *optional*, defaults to 32):
-            Width that question, vision, budget and tier are each projected to.
+            Width that question, vision, budget and each knob of stage 1 are projected to.
         hidden_size (`int`, *optional*, defaults to 64):
             Width of the two hidden layers of each stage.
+
+        > Parameters that say what it was trained for
+
+        rewards (`dict[str, float]`, *optional*):
+            Weight of each reward function (by name, or by dotted path if it is not one of this package's).
 
     Raises:
         ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs` or
@@ -55,9 +58,9 @@ class JointControllerConfig(PreTrainedConfig):
     Example:
 
     ```python
-    >>> from joint_controller import JointControllerConfig, JointControllerModel, KnobSpace
+    >>> from joint_controller import JointControllerConfig, JointControllerModel, Knob, KnobSpace
 
-    >>> space = KnobSpace({"low": (1, 1), "high": (9, 9)}, top_k=(1, 2, 4), num_blocks=(4, 6, 8))
+    >>> space = KnobSpace([Knob("tier", ("low", "high"), stage=1), Knob("depth", (4, 6, 8), stage=2)])
     >>> config = JointControllerConfig(
     ...     knob_space=space.to_dict(), question_size=192, vision_size=192, latency_budget_min_ms=5, latency_budget_max_ms=20
     ... )
@@ -77,27 +80,17 @@ class JointControllerConfig(PreTrainedConfig):
     stage2_inputs: str = "image_question_and_budget"
     projection_size: int = 32
     hidden_size: int = 64
+    rewards: dict[str, float] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.knob_space is None:
-            self.knob_space = KnobSpace(DEFAULT_TIER_CROPS, tuple(range(4, 9)), tuple(range(12, 17))).to_dict()
         super().__post_init__(**kwargs)
-        KnobSpace.from_dict(self.knob_space)  # refuses a space that is not valid
-        if not 0 < self.latency_budget_min_ms < self.latency_budget_max_ms:
+        if self.knob_space is not None:
+            KnobSpace.from_dict(self.knob_space)  # refuses a space that is not valid
+        if not 0 < self.latency_budget_min_ms < self.latency_budget_max_ms < float("inf"):
             raise ValueError(
                 f"the budget range is {self.latency_budget_min_ms} to {self.latency_budget_max_ms} ms: "
-                "`latency_budget_min_ms` must be above 0 and below `latency_budget_max_ms`."
+                "`latency_budget_min_ms` must be above 0 and below `latency_budget_max_ms`, which must be finite."
             )
         for name, known in (("stage1_inputs", STAGE1_INPUTS), ("stage2_inputs", STAGE2_INPUTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is '{getattr(self, name)}': it must be one of {list(known)}.")
-
-    @property
-    def sees_question(self) -> bool:
-        """Whether a stage reads question features."""
-        return "question" in self.stage1_inputs or "question" in self.stage2_inputs
-
-    @property
-    def sees_image(self) -> bool:
-        """Whether stage 2 reads vision features."""
-        return "image" in self.stage2_inputs

@@ -1,6 +1,7 @@
-"""The two-stage controller: a tier from question and budget, then top_k and num_blocks with the image seen."""
+"""The two-stage controller: some knobs are decided from question and budget, the others with the image seen."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from ..knobs import KnobSpace
+from ..knobs import STAGES, Knob, KnobSpace
 from .configuration_joint_controller import JointControllerConfig
 
 
@@ -23,17 +24,11 @@ class JointControllerOutput(ModelOutput):
     Scores of every value of every knob, before the softmax.
 
     Args:
-        tier_logits (`torch.FloatTensor` of shape `(batch_size, num_tiers)`):
-            Stage 1.
-        top_k_logits (`torch.FloatTensor` of shape `(batch_size, num_top_k_values)`):
-            Stage 2.
-        num_blocks_logits (`torch.FloatTensor` of shape `(batch_size, num_num_blocks_values)`):
-            Stage 2.
+        logits (`tuple[torch.FloatTensor, ...]`):
+            One of shape `(batch_size, num_values)` for each knob, in the order of the knob space.
     """
 
-    tier_logits: torch.FloatTensor | None = None
-    top_k_logits: torch.FloatTensor | None = None
-    num_blocks_logits: torch.FloatTensor | None = None
+    logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 class FeatureProjector(nn.Module):
@@ -90,105 +85,111 @@ class Trunk(nn.Module):
 
 
 class Stage1(nn.Module):
-    """Chooses the tier before any image work."""
+    """Decides its knobs before any image work."""
 
-    def __init__(self, config: JointControllerConfig):
+    def __init__(self, config: JointControllerConfig, knobs: Sequence[Knob]):
         super().__init__()
-        sees_question = "question" in config.stage1_inputs
-        self.budget_encoder = BudgetEncoder(config)
-        self.question_projector = (
-            FeatureProjector(config.question_size, config.projection_size) if sees_question else None
-        )
-        self.trunk = Trunk((2 if sees_question else 1) * config.projection_size, config.hidden_size)
-        self.tier_head = nn.Linear(config.hidden_size, len(config.knob_space["tier_crops"]))
+        self.heads = nn.ModuleList()
+        if knobs:
+            sees_question = "question" in config.stage1_inputs
+            self.budget_encoder = BudgetEncoder(config)
+            self.question_projector = (
+                FeatureProjector(config.question_size, config.projection_size) if sees_question else None
+            )
+            self.trunk = Trunk((2 if sees_question else 1) * config.projection_size, config.hidden_size)
+            self.heads.extend(nn.Linear(config.hidden_size, len(knob)) for knob in knobs)
 
-    def forward(self, question_features: torch.Tensor, latency_budget_ms: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, question_features: torch.Tensor | None, latency_budget_ms: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """
         Args:
             question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Mean of the executor's embeddings of the question's tokens. Not read where `stage1_inputs` is `"budget"`.
+                Question features of the executor. Not read where `stage1_inputs` is `"budget"`.
             latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
                 Budget in ms.
 
         Returns:
-            `torch.Tensor`: Tier logits of shape `(batch_size, num_tiers)`.
+            `tuple[torch.Tensor, ...]`: Logits of shape `(batch_size, num_values)` for each knob of this stage, which are
+            independent of each other.
         """
+        if not self.heads:
+            return ()
         inputs = [self.budget_encoder(latency_budget_ms)]
         if self.question_projector is not None:
             inputs.append(self.question_projector(question_features))
-        return self.tier_head(self.trunk(*inputs))
+        hidden_states = self.trunk(*inputs)
+        return tuple(head(hidden_states) for head in self.heads)
 
 
 class Stage2(nn.Module):
-    """Chooses top_k and num_blocks after the vision tower has run at the tier taken."""
+    """Decides its knobs after the vision tower has run as stage 1 decided."""
 
-    def __init__(self, config: JointControllerConfig):
+    def __init__(self, config: JointControllerConfig, knobs: Sequence[Knob], decided_knobs: Sequence[Knob]):
         super().__init__()
-        sees_image, sees_question = "image" in config.stage2_inputs, "question" in config.stage2_inputs
-        self.vision_projector = FeatureProjector(config.vision_size, config.projection_size) if sees_image else None
-        self.question_projector = (
-            FeatureProjector(config.question_size, config.projection_size) if sees_question else None
-        )
-        self.budget_encoder = BudgetEncoder(config)
-        self.tier_embedding = nn.Embedding(len(config.knob_space["tier_crops"]), config.projection_size)
-        self.trunk = Trunk((2 + sees_image + sees_question) * config.projection_size, config.hidden_size)
-        self.top_k_head = nn.Linear(config.hidden_size, len(config.knob_space["top_k"]))
-        self.num_blocks_head = nn.Linear(config.hidden_size, len(config.knob_space["num_blocks"]))
+        self.heads = nn.ModuleList()
+        if knobs:
+            sees_image, sees_question = "image" in config.stage2_inputs, "question" in config.stage2_inputs
+            size = config.projection_size
+            self.vision_projector = FeatureProjector(config.vision_size, size) if sees_image else None
+            self.question_projector = FeatureProjector(config.question_size, size) if sees_question else None
+            self.budget_encoder = BudgetEncoder(config)
+            self.choice_embeddings = nn.ModuleList(nn.Embedding(len(knob), size) for knob in decided_knobs)
+            num_inputs = 1 + len(decided_knobs) + sees_image + sees_question
+            self.trunk = Trunk(num_inputs * size, config.hidden_size)
+            self.heads.extend(nn.Linear(config.hidden_size, len(knob)) for knob in knobs)
 
     def forward(
         self,
-        vision_features: torch.Tensor,
-        question_features: torch.Tensor,
+        vision_features: torch.Tensor | None,
+        question_features: torch.Tensor | None,
         latency_budget_ms: torch.Tensor,
-        tier_index: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stage1_choice: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         """
         Args:
             vision_features (`torch.Tensor` of shape `(batch_size, vision_size)`):
-                Mean of the projected vision features of the image at the tier taken. Not read where `stage2_inputs` does
-                not name the image.
+                Vision features of the executor for the image as stage 1 decided. Not read where `stage2_inputs` does not
+                name the image.
             question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Mean of the executor's embeddings of the question's tokens. Not read where `stage2_inputs` does not name
-                the question.
+                Question features of the executor. Not read where `stage2_inputs` does not name the question.
             latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
                 Budget in ms.
-            tier_index (`torch.LongTensor` of shape `(batch_size,)`):
-                Position of the tier taken in the knob space.
+            stage1_choice (`torch.LongTensor` of shape `(batch_size, knobs of stage 1)`):
+                Position of each value that stage 1 took among the values of its knob.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: top_k logits of shape `(batch_size, num_top_k_values)` and num_blocks
-            logits of shape `(batch_size, num_num_blocks_values)`. The two are sampled independently of each other.
+            `tuple[torch.Tensor, ...]`: Logits of shape `(batch_size, num_values)` for each knob of this stage, which are
+            independent of each other.
         """
+        if not self.heads:
+            return ()
         inputs = []
         if self.vision_projector is not None:
             inputs.append(self.vision_projector(vision_features))
         if self.question_projector is not None:
             inputs.append(self.question_projector(question_features))
-        inputs += [self.budget_encoder(latency_budget_ms), self.tier_embedding(tier_index)]
+        inputs.append(self.budget_encoder(latency_budget_ms))
+        inputs += [embed(stage1_choice[:, column]) for column, embed in enumerate(self.choice_embeddings)]
         hidden_states = self.trunk(*inputs)
-        return self.top_k_head(hidden_states), self.num_blocks_head(hidden_states)
+        return tuple(head(hidden_states) for head in self.heads)
 
 
 class JointControllerModel(PreTrainedModel):
     r"""
-    The policy: stage 1 gives a distribution over tiers from the question and the budget; stage 2 gives distributions over
-    top_k and num_blocks from the image (encoded at the tier taken), the question, the budget and that tier. The
-    configuration can take question and image away. The stages share no parameters, so that either can be trained, frozen
-    or loaded alone. A new controller is uniform over all settings. Has about 0.23 M parameters with an executor 2048
-    wide.
+    The policy: stage 1 gives a distribution over the values of its knobs from the question and the budget; stage 2 over those
+    of its own from the image (encoded as stage 1 decided), the question, the budget and that decision. The configuration can
+    take question and image away. The stages share no parameters, so that either can be trained, frozen or loaded alone. A
+    new controller is uniform over all settings. Has about 0.23 M parameters where features are 2048 wide.
 
     Args:
         config ([`JointControllerConfig`]):
             Knob space, sizes and budget range.
 
-    Example:
+    Raises:
+        ValueError: If the configuration has no knob space.
 
-    ```python
-    >>> tier_logits = model.stage1(question_features, latency_budget_ms)
-    >>> tier_index = tier_logits.argmax(-1)
-    >>> vision_features = executor.vision_features(requests, tier)
-    >>> top_k_logits, num_blocks_logits = model.stage2(vision_features, question_features, latency_budget_ms, tier_index)
-    ```
+    Example: see [`~joint_controller.decisions.decide`], which goes through both stages.
     """
 
     config_class = JointControllerConfig
@@ -197,12 +198,18 @@ class JointControllerModel(PreTrainedModel):
 
     def __init__(self, config: JointControllerConfig):
         super().__init__(config)
-        self.stage1 = Stage1(config)
-        self.stage2 = Stage2(config)
+        if config.knob_space is None:
+            raise ValueError("a controller needs knobs to decide: give its configuration a `knob_space`.")
+        self.knob_space = KnobSpace.from_dict(config.knob_space)
+        knobs = {
+            stage: [self.knob_space.knobs[index] for index in self.knob_space.decided_by(stage)] for stage in STAGES
+        }
+        self.stage1 = Stage1(config, knobs[1])
+        self.stage2 = Stage2(config, knobs[2], knobs[1])
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        if module in (self.stage1.tier_head, self.stage2.top_k_head, self.stage2.num_blocks_head):
+        if any(module is head for stage in (self.stage1, self.stage2) for head in stage.heads):
             # Equal logits: training starts from the uniform policy, whatever the executor's features are.
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -218,9 +225,15 @@ class JointControllerModel(PreTrainedModel):
             module.reset_frequencies()
 
     @property
-    def knob_space(self) -> KnobSpace:
-        """Values that the knobs may take."""
-        return KnobSpace.from_dict(self.config.knob_space)
+    def sees_question(self) -> bool:
+        """Whether a stage that decides something reads question features."""
+        inputs = {1: self.config.stage1_inputs, 2: self.config.stage2_inputs}
+        return any("question" in inputs[stage] for stage in STAGES if self.knob_space.decided_by(stage))
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether stage 2 decides something and reads vision features."""
+        return "image" in self.config.stage2_inputs and bool(self.knob_space.decided_by(2))
 
     def load_stage1(self, controller_path: str | Path) -> None:
         """
@@ -231,7 +244,7 @@ class JointControllerModel(PreTrainedModel):
                 Folder or Hub name of a controller, e.g. the output folder of a training.
 
         Raises:
-            ValueError: If it is a file, or the other stage 1 has other inputs, sizes or tiers.
+            ValueError: If it is a file, or the other stage 1 has other inputs, sizes or knobs.
         """
         if Path(controller_path).is_file():
             raise ValueError(
@@ -239,7 +252,9 @@ class JointControllerModel(PreTrainedModel):
                 "state dict that the original scripts saved (.pt) holds another network, which cannot be converted: train "
                 "stage 1 anew."
             )
-        other = JointControllerModel.from_pretrained(controller_path)
+        from .loading import load_controller  # which loads this class
+
+        other = load_controller(controller_path)
         differing = [
             f"`{name}` {getattr(other.config, name)!r} there, {getattr(self.config, name)!r} here"
             for name in ("stage1_inputs", "budget_octaves", "projection_size", "hidden_size")
@@ -247,9 +262,12 @@ class JointControllerModel(PreTrainedModel):
         ]
         if "question" in self.config.stage1_inputs and other.config.question_size != self.config.question_size:
             differing.append(f"`question_size` {other.config.question_size} there, {self.config.question_size} here")
-        tiers, other_tiers = list(self.knob_space.tier_crops), list(other.knob_space.tier_crops)
-        if tiers != other_tiers:
-            differing.append(f"tiers {other_tiers} there, {tiers} here")
+        decided, decided_there = (
+            {space.knobs[index].name: list(space.knobs[index].values) for index in space.decided_by(1)}
+            for space in (self.knob_space, other.knob_space)
+        )
+        if list(decided.items()) != list(decided_there.items()):
+            differing.append(f"it decides {decided_there} there, {decided} here")
         if differing:
             raise ValueError(f"stage 1 of '{controller_path}' does not fit this controller: {'; '.join(differing)}.")
         ranges = [
@@ -269,29 +287,28 @@ class JointControllerModel(PreTrainedModel):
         question_features: torch.Tensor,
         latency_budget_ms: torch.Tensor,
         vision_features: torch.Tensor,
-        tier_index: torch.Tensor,
+        actions: torch.Tensor,
     ) -> JointControllerOutput:
         """
-        Both stages at once, for tiers that were already taken: what training needs to score past decisions.
+        Both stages at once, for decisions that were already taken: what training needs to score them.
 
         Args:
             question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Mean of the executor's embeddings of the question's tokens.
+                Question features of the executor.
             latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
                 Budget in ms.
             vision_features (`torch.Tensor` of shape `(batch_size, vision_size)`):
-                Mean of the projected vision features of the image at the tier taken.
-            tier_index (`torch.LongTensor` of shape `(batch_size,)`):
-                Position of the tier taken in the knob space.
+                Vision features of the executor for the image as stage 1 decided.
+            actions (`torch.LongTensor` of shape `(batch_size, knobs)`):
+                Position of each value taken among the values of its knob. Those of stage 1 are read.
 
         Returns:
             [`JointControllerOutput`]
         """
-        top_k_logits, num_blocks_logits = self.stage2(
-            vision_features, question_features, latency_budget_ms, tier_index
-        )
-        return JointControllerOutput(
-            tier_logits=self.stage1(question_features, latency_budget_ms),
-            top_k_logits=top_k_logits,
-            num_blocks_logits=num_blocks_logits,
-        )
+        first, second = (self.knob_space.decided_by(stage) for stage in STAGES)
+        logits = [
+            *self.stage1(question_features, latency_budget_ms),
+            *self.stage2(vision_features, question_features, latency_budget_ms, actions[:, first]),
+        ]
+        logits_of = dict(zip((*first, *second), logits, strict=True))
+        return JointControllerOutput(logits=tuple(logits_of[knob] for knob in range(len(logits))))

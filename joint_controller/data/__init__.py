@@ -1,6 +1,5 @@
-"""Visual question answering data in one schema, synthetic scenes, and latency budgets."""
+"""Visual question answering data in one schema, and synthetic scenes."""
 
-from .budgets import draw_budget
 from .images import ImageError, decode_image
 from .loading import load_vqa_dataset, load_vqa_datasets, load_vqa_parts
 from .registry import VQA_DATASETS, VQADataset
@@ -39,7 +38,6 @@ __all__ = [
     "SplitPart",
     "VQADataset",
     "decode_image",
-    "draw_budget",
     "generate_scene",
     "keep_good_rows",
     "load_vqa_dataset",

@@ -53,46 +53,38 @@ def draw_contact_sheet(samples: Sequence[Mapping[str, Any]], title: str) -> Imag
     """
     if not samples:
         raise ValueError("there are no samples to show: give at least one.")
-    fonts = {"title": _font(TITLE_SIZE, "bold"), "question": _font(QUESTION_SIZE), "note": _font(NOTE_SIZE)}
-    answer_font = _font(QUESTION_SIZE, "bold")
+    title_font, question_font, answer_font, note_font = (
+        _font(TITLE_SIZE, "bold"),
+        _font(QUESTION_SIZE),
+        _font(QUESTION_SIZE, "bold"),
+        _font(NOTE_SIZE),
+    )
     cells = []
     for sample in samples:
         width, height = sample["image"].size
-        note = f"{width}×{height} · {sample['question_type']}"
-        cells.append(
-            [
-                *(
-                    (line, fonts["question"], INK)
-                    for line in _wrap(sample["question"], fonts["question"], QUESTION_LINES)
-                ),
-                *(
-                    (line, answer_font, ANSWER_INK)
-                    for line in _wrap(format_answers(sample["answers"]), answer_font, ANSWER_LINES)
-                ),
-                *(
-                    (line, fonts["note"], NOTE_INK)
-                    for text in (sample["sample_id"], note)
-                    for line in _wrap(text, fonts["note"], NOTE_LINES)
-                ),
-            ]
-        )
+        texts = [
+            (sample["question"], question_font, INK, QUESTION_LINES),
+            (format_answers(sample["answers"]), answer_font, ANSWER_INK, ANSWER_LINES),
+            (sample["sample_id"], note_font, NOTE_INK, NOTE_LINES),
+            (f"{width}×{height} · {sample['question_type']}", note_font, NOTE_INK, NOTE_LINES),
+        ]
+        cells.append([(line, font, ink) for text, font, ink, most in texts for line in _wrap(text, font, most)])
     rows = [range(start, min(start + COLUMNS, len(cells))) for start in range(0, len(cells), COLUMNS)]
     text_heights = [max(sum(_line_height(font) for _, font, _ in cells[index]) for index in row) for row in rows]
-    title_lines = _wrap(title, fonts["title"], 2, COLUMNS * (CELL_WIDTH + GAP) - GAP)
-    top = GAP + len(title_lines) * _line_height(fonts["title"]) + PADDING
+    title_lines = _wrap(title, title_font, 2, COLUMNS * (CELL_WIDTH + GAP) - GAP)
+    top = GAP + len(title_lines) * _line_height(title_font) + PADDING
     row_heights = [IMAGE_HEIGHT + text_height + 2 * PADDING for text_height in text_heights]
     sheet = Image.new("RGB", (COLUMNS * (CELL_WIDTH + GAP) + GAP, top + sum(row_heights) + GAP * len(rows)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    _draw_lines(draw, (GAP, GAP), [(line, fonts["title"], INK) for line in title_lines])
+    _draw_lines(draw, (GAP, GAP), [(line, title_font, INK) for line in title_lines])
     for row, row_height in zip(rows, row_heights, strict=True):
         for column, index in enumerate(row):
             left = GAP + column * (CELL_WIDTH + GAP)
             draw.rectangle((left - 1, top - 1, left + CELL_WIDTH, top + row_height), outline=FRAME)
             draw.rectangle((left, top, left + CELL_WIDTH - 1, top + IMAGE_HEIGHT - 1), fill=MAT)
             picture = _fit(samples[index]["image"])
-            sheet.paste(
-                picture, (left + (CELL_WIDTH - picture.width) // 2, top + (IMAGE_HEIGHT - picture.height) // 2)
-            )
+            margins = (CELL_WIDTH - picture.width) // 2, (IMAGE_HEIGHT - picture.height) // 2
+            sheet.paste(picture, (left + margins[0], top + margins[1]))
             _draw_lines(draw, (left + PADDING, top + IMAGE_HEIGHT + PADDING), cells[index])
         top += row_height + GAP
     return sheet

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ..molmo.image_processing_molmo import convert_to_rgb
+from ..images import convert_to_rgb
 
 
 MIN_IMAGE_SIDE = 2
@@ -16,8 +16,8 @@ MIN_IMAGE_SIDE = 2
 about it."""
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Most pixels: 256 MiB as RGB, where Pillow begins to suspect a decompression bomb. Molmo's views hold 1.4 million of them
-(13 views of 336×336); the largest scans of documents in use (A3 at 600 dots an inch) have 70 million."""
+"""Most pixels: 256 MiB as RGB, where Pillow begins to suspect a decompression bomb. The largest scans of documents in use
+(A3 at 600 dots an inch) have 70 million."""
 
 DECODER_ERRORS = (
     OSError,
@@ -44,7 +44,7 @@ def decode_image(encoded: Mapping[str, Any]) -> Image.Image:
     """
     Decodes an image as all of this package sees it: RGB, turned as its EXIF orientation says, transparent pixels on white,
     16 bits scaled to 8, CMYK and palettes converted, of an animation the first frame
-    ([`~joint_controller.molmo.image_processing_molmo.convert_to_rgb`]).
+    ([`~joint_controller.images.convert_to_rgb`]).
 
     Args:
         encoded (`dict`):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datasets import Dataset
 
 from .easy_vqa import load_easy_vqa
-from .mixture import check_mixture, concatenate_and_shuffle, interleave_by_weight, split_by_weight, split_evenly
+from .mixture import check_mixture, mix, split_by_weight, split_evenly
 from .row_checks import SkippedRows, keep_good_rows
 from .scene_dataset import load_scenes
 from .schema import conform_to_schema
@@ -36,8 +36,8 @@ def load_vqa_dataset(
         split (`str`, *optional*, defaults to `"train"`):
             The split, or a part of it, such as `"validation[:50%]"`.
         max_samples (`int`, *optional*):
-            At most so many samples: a random subset, in the order of the data set. Of `"scenes"`, which have no end,
-            exactly the first so many. By default all (see [`load_scenes`] for scenes).
+            At most this many samples: a random subset, in the order of the data set. Of `"scenes"`, which have no end,
+            exactly this many, the first. By default all (see [`load_scenes`] for scenes).
         seed (`int`, *optional*, defaults to 42):
             Chooses the subset.
         skipped_rows ([`SkippedRows`], *optional*):
@@ -52,10 +52,7 @@ def load_vqa_dataset(
         ValueError: If the data set or split does not exist, or a column or row is not usable. The message names the
             data set, the row as counted in the whole split, and the column.
     """
-    check_mixture([name_or_path], max_samples)
-    return _choose_samples(
-        name_or_path, _read_split(name_or_path, split, max_samples), split, max_samples, seed, skipped_rows
-    )
+    return load_vqa_parts([name_or_path], split, max_samples, seed, skipped_rows=skipped_rows)[name_or_path]
 
 
 def load_vqa_datasets(
@@ -80,7 +77,7 @@ def load_vqa_datasets(
         split (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"validation"` or `"test"`.
         max_samples (`int`, *optional*):
-            At most so many samples in total.
+            At most this many samples in total.
         seed (`int`, *optional*, defaults to 42):
             Chooses subsets and order.
         weights (`Sequence[float]`, *optional*):
@@ -95,10 +92,8 @@ def load_vqa_datasets(
         ValueError: If no name is given, `max_samples` is smaller than the number of data sets, a weight is not positive or
             leaves no sample of a data set, two data sets share sample ids, or one of them cannot be loaded.
     """
-    datasets = list(load_vqa_parts(names, split, max_samples, seed, weights, skipped_rows).values())
-    if weights is None:
-        return concatenate_and_shuffle(datasets, seed)
-    return interleave_by_weight(datasets, weights, seed)
+    parts = load_vqa_parts(names, split, max_samples, seed, weights, skipped_rows)
+    return mix(list(parts.values()), weights, seed)
 
 
 def load_vqa_parts(
@@ -141,7 +136,7 @@ def load_vqa_parts(
 
 
 def _read_split(name_or_path: str, split: str, num_scenes: int | None) -> Dataset:
-    """All rows of a split, unchecked; of scenes, which have no end, the first so many."""
+    """All rows of a split, unchecked; of scenes, which have no end, the first `num_scenes`."""
     if name_or_path == "scenes":
         return load_scenes(split, num_scenes)
     if name_or_path == "easy_vqa":
@@ -159,17 +154,12 @@ def _choose_samples(
 ) -> Dataset:
     if name_or_path == "scenes":
         return source if max_samples is None else source.select(range(min(max_samples, len(source))))
-    rows = _choose_rows(len(source), max_samples, seed)
+    rows: Sequence[int] = range(len(source))
+    if max_samples is not None and len(source) > max_samples:
+        rows = sorted(random.Random(seed).sample(rows, max_samples))
     dataset = source.select(rows)
     if name_or_path == "easy_vqa":
         return dataset
     if skipped_rows is not None:
         skipped_rows.forget(name_or_path, split)
     return keep_good_rows(dataset, name_or_path, split, rows, skipped_rows)
-
-
-def _choose_rows(num_rows: int, max_samples: int | None, seed: int) -> Sequence[int]:
-    """Row numbers of a random subset, ascending; all rows where the limit is None or not reached."""
-    if max_samples is None or num_rows <= max_samples:
-        return range(num_rows)
-    return sorted(random.Random(seed).sample(range(num_rows), max_samples))

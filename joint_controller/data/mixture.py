@@ -9,7 +9,7 @@ def check_mixture(
     names: Sequence[str], max_samples: int | None = None, weights: Sequence[float] | None = None
 ) -> None:
     """
-    Refuses what makes no mixture.
+    Refuses what cannot be mixed.
 
     Raises:
         ValueError: If no name is given, `max_samples` is smaller than the number of data sets, or there is not one positive,
@@ -74,28 +74,23 @@ def split_by_weight(weights: Sequence[float], num_rows: Sequence[int], max_sampl
     return counts
 
 
-def concatenate_and_shuffle(datasets: Sequence[Dataset], seed: int) -> Dataset:
-    """All rows in one random order."""
-    return concatenate_datasets(list(datasets)).shuffle(seed=seed, keep_in_memory=True)
-
-
-def interleave_by_weight(datasets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
+def mix(datasets: Sequence[Dataset], weights: Sequence[float] | None, seed: int) -> Dataset:
     """
-    All rows, each once: the next one is from a data set drawn by weight, as long as that has rows left. Each data set's own
-    rows come in random order.
+    All rows of several data sets, each once, in random order.
 
     Args:
         datasets (`Sequence[datasets.Dataset]`):
             Data sets of one schema.
-        weights (`Sequence[float]`):
-            One for each; only their ratios count.
+        weights (`Sequence[float]`, *optional*):
+            The next row is from a data set drawn by weight, as long as that has rows left. Only ratios count.
         seed (`int`):
             Chooses the order.
     """
-    total = sum(weights)
+    if weights is None:
+        return concatenate_datasets(list(datasets)).shuffle(seed=seed, keep_in_memory=True)
     return interleave_datasets(
         [dataset.shuffle(seed=seed, keep_in_memory=True) for dataset in datasets],
-        probabilities=[weight / total for weight in weights],
+        probabilities=[weight / sum(weights) for weight in weights],
         seed=seed,
         stopping_strategy="all_exhausted_without_replacement",
     )
@@ -116,15 +111,15 @@ def interleave_streams(
         seed (`int`):
             Chooses the order of draws.
         max_samples (`int`, *optional*):
-            Ends a pass after so many rows, the same in each.
+            Ends a pass after this many rows, the same in each.
     """
     if len(streams) == 1:
         mixture = streams[0]
-    elif weights is None:
-        mixture = interleave_datasets(list(streams), stopping_strategy="all_exhausted_without_replacement")
     else:
-        probabilities = [weight / sum(weights) for weight in weights]
         mixture = interleave_datasets(
-            list(streams), probabilities=probabilities, seed=seed, stopping_strategy="first_exhausted"
+            list(streams),
+            probabilities=None if weights is None else [weight / sum(weights) for weight in weights],
+            seed=None if weights is None else seed,
+            stopping_strategy="all_exhausted_without_replacement" if weights is None else "first_exhausted",
         )
     return mixture if max_samples is None else mixture.take(max_samples)

@@ -1,14 +1,15 @@
 """
 Data sets as their authors publish them: JSON files of questions and answers, and folders of images.
 
-The JSON files of VQA v2 have 400 MB. They are read as streams, and their rows written to the cache of `datasets` once.
+The JSON files of VQA v2 take 400 MB. They are read as streams, and their rows written to the cache of `datasets` once.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from string import Formatter
 from typing import Any
 
 import ijson
@@ -18,8 +19,8 @@ from datasets.exceptions import DatasetGenerationError
 from .registry import COCO_2014_VQA, OFFICIAL_ST_QA, OFFICIAL_TALLY_QA, OKVQA, TEXT_VQA, VQADataset
 
 
-READING_VERSION = 1
-"""Raise it when a file's rows become others than before, so that no cached ones are taken for them."""
+READING_VERSION = 2
+"""To be raised when a file is read or checked differently: rows that an earlier version cached are then not reused."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class OfficialSplit:
         records_key (`str`):
             Key of the list of rows in it, or `""` where the file is that list.
         image (`str`):
-            Path of an image, with the row's fields in braces. Its first part is a folder.
+            Path of an image, with a field of the row in braces. Its first part is a folder.
         questions (`str`, *optional*):
             JSON file of the questions, where they have one of their own.
         optional (`tuple[str, ...]`, *optional*, defaults to `()`):
@@ -59,6 +60,11 @@ class OfficialSplit:
         """The folder of the images, or `None` where rows name it."""
         folder = self.image.split("/")[0]
         return None if "{" in folder else folder
+
+    @property
+    def image_field(self) -> str:
+        """The field of a row that `image` names."""
+        return next(name for _, name, _, _ in Formatter().parse(self.image) if name)
 
     def describe(self) -> str:
         """Files and folder, for a message."""
@@ -200,30 +206,35 @@ def read_official_split(found: FoundSplit) -> Dataset:
 def _iterate_official_split(found: FoundSplit) -> Iterator[dict[str, Any]]:
     entry, split = found.split.entry, found.split
     *_, records_file = found.files
+    image_field = split.image_field
     questions = None
     if split.questions is not None:
         questions = {
-            _field(record, "question_id", found.files[0], row): _field(record, "question", found.files[0], row)
+            _field(record, "question_id", found.files[0], row, int): _field(record, "question", found.files[0], row)
             for row, record in enumerate(_iterate_json(found.files[0], "questions"))
         }
     folders: dict[str, list[str]] = {}
     row = -1
     for row, record in enumerate(_iterate_json(records_file, split.records_key)):
         if questions is not None:
-            question_id = _field(record, "question_id", records_file, row)
+            question_id = _field(record, "question_id", records_file, row, int)
             if question_id not in questions:
                 raise ValueError(f"'{records_file}', row {row}: '{found.files[0]}' has no question {question_id}")
             record["question"] = questions.pop(question_id)
         for column in split.optional:
             record.setdefault(column, None)
         published = {
-            column: _as_published(_field(record, column, records_file, row), entry.columns[column])
-            for column in entry.text_columns
+            column: _as_published(_field(record, column, records_file, row, _kind(feature)), feature)
+            for column, feature in entry.columns.items()
+            if column != entry.image_column
         }
-        try:
-            image = split.image.format(**record)
-        except KeyError as error:
-            raise ValueError(f"'{records_file}', row {row} has no {error} (it has {sorted(record)})") from error
+        kind = int if f"{{{image_field}:" in split.image else str
+        image = split.image.format(**{image_field: _field(record, image_field, records_file, row, kind)})
+        if PurePath(image).is_absolute() or ".." in PurePath(image).parts:
+            raise ValueError(
+                f"'{records_file}', row {row}, field '{image_field}' names the image '{image}': give its path below the "
+                "data set's folder"
+            )
         folder = image.split("/")[0]
         if folder not in folders:
             folders[folder] = [place for place in found.places if os.path.isdir(os.path.join(place, folder))]
@@ -245,11 +256,18 @@ def _iterate_official_split(found: FoundSplit) -> Iterator[dict[str, Any]]:
         )
 
 
+def _kind(feature: Any) -> type | None:
+    """The type of a published column's values in JSON, where only one will do."""
+    if isinstance(feature, List):
+        return list
+    return int if feature.dtype.startswith("int") else None
+
+
 def _as_published(value: Any, feature: Any) -> Any:
     """As the repository on the Hub has it: OK-VQA's answers are strings there, and its question ids too."""
     if feature == List(Value("string")):
         return [item["answer"] if isinstance(item, dict) else item for item in value]
-    return str(value) if feature == Value("string") else value
+    return str(value) if feature == Value("string") and value is not None else value
 
 
 def _iterate_json(file: str, key: str) -> Iterator[dict[str, Any]]:
@@ -258,10 +276,15 @@ def _iterate_json(file: str, key: str) -> Iterator[dict[str, Any]]:
         try:
             yield from ijson.items(opened, f"{key}.item" if key else "item", use_float=True)
         except ijson.JSONError as error:
-            raise ValueError(f"'{file}' is no whole JSON file ({error})") from error
+            raise ValueError(f"'{file}' is not a whole JSON file ({error})") from error
 
 
-def _field(record: dict[str, Any], field: str, file: str, row: int) -> Any:
+def _field(record: dict[str, Any], field: str, file: str, row: int, kind: type | None = None) -> Any:
+    """A field of a record, which must have it, of a type if one is given."""
     if field not in record:
         raise ValueError(f"'{file}', row {row} has no '{field}' (it has {sorted(record)})")
-    return record[field]
+    value = record[field]
+    if kind is not None and type(value) is not kind:
+        expected = {int: "a whole number", str: "a string", list: "a list"}[kind]
+        raise ValueError(f"'{file}', row {row}, field '{field}' is {value!r}, which is not {expected}")
+    return value

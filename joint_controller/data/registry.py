@@ -3,17 +3,22 @@ The published data sets that are known by name: where they are, what their colum
 becomes one of ours.
 
 Columns, their types and the splits are those of the data set cards on the Hub (`dataset_info` in each repository's
-README.md), but for two whose cards could not be read: see `ST_QA` and `TALLY_QA`. Prompt styles are those of Molmo's
-training mixture, which has the same names for these data sets.
+README.md), but for two whose cards could not be read: see `ST_QA` and `TALLY_QA`. Prompt styles are named after the data
+sets that executors learn them from.
 """
 
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from datasets import Features, Image, List, Value
+
+
+STRING, INT64 = Value("string"), Value("int64")
+STRINGS = List(STRING)
 
 
 @dataclass(frozen=True)
@@ -85,17 +90,12 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
+def _take(row: Mapping[str, Any], number: int | str, **columns: str) -> dict[str, Any]:
+    """A published row whose columns, here given by name of ours, are taken as they are."""
+    return {name: row[column] for name, column in columns.items()}
+
+
 # ---- ten answers a question -----------------------------------------------------------------------------------------
-
-
-def _convert_text_vqa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
-    return {
-        "id": row["question_id"],
-        "image_key": row["image_id"],
-        "question": row["question"],
-        "answers": row["answers"],
-    }
-
 
 TEXT_VQA = VQADataset(
     name="text_vqa",
@@ -103,15 +103,9 @@ TEXT_VQA = VQADataset(
     splits={"train": "train", "validation": "validation", "test": "test"},
     unlabelled=("test",),
     columns=Features(
-        {
-            "image_id": Value("string"),
-            "question_id": Value("int32"),
-            "question": Value("string"),
-            "image": Image(),
-            "answers": List(Value("string")),
-        }
+        {"image_id": STRING, "question_id": Value("int32"), "question": STRING, "image": Image(), "answers": STRINGS}
     ),
-    convert=_convert_text_vqa,
+    convert=partial(_take, id="question_id", image_key="image_id", question="question", answers="answers"),
     style="text_vqa",
     metric="vqa_accuracy",
 )
@@ -135,13 +129,11 @@ COCO_2014_VQA = VQADataset(
     not_on_hub=("train",),
     columns=Features(
         {
-            "question_type": Value("string"),
-            "answers": List(
-                {"answer": Value("string"), "answer_confidence": Value("string"), "answer_id": Value("int64")}
-            ),
-            "image_id": Value("int64"),
-            "question_id": Value("int64"),
-            "question": Value("string"),
+            "question_type": STRING,
+            "answers": List({"answer": STRING, "answer_confidence": STRING, "answer_id": INT64}),
+            "image_id": INT64,
+            "question_id": INT64,
+            "question": STRING,
             "image": Image(),
         }
     ),
@@ -168,13 +160,7 @@ OKVQA = VQADataset(
     splits={"train": "train2014", "validation": "val2014"},
     not_on_hub=("train",),
     columns=Features(
-        {
-            "question_id": Value("string"),
-            "image": Image(),
-            "question": Value("string"),
-            "answers": List(Value("string")),
-            "question_type": Value("string"),
-        }
+        {"question_id": STRING, "image": Image(), "question": STRING, "answers": STRINGS, "question_type": STRING}
     ),
     convert=_convert_okvqa,
     style="okvqa",
@@ -186,14 +172,9 @@ OKVQA = VQADataset(
 
 
 def _convert_coco_caption(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
-    return {
-        # The name of the image's file.
-        "id": row["question_id"],
-        "image_key": row["question_id"],
-        "question": row["question"],
-        "answers": row["answer"],
-        "question_type": "caption",
-    }
+    # An id is the name of the image's file.
+    taken = _take(row, number, id="question_id", image_key="question_id", question="question", answers="answer")
+    return {**taken, "question_type": "caption"}
 
 
 COCO_CAPTION = VQADataset(
@@ -201,14 +182,7 @@ COCO_CAPTION = VQADataset(
     repository="lmms-lab/COCO-Caption",
     splits={"validation": "val", "test": "test"},
     unlabelled=("test",),
-    columns=Features(
-        {
-            "question_id": Value("string"),
-            "image": Image(),
-            "question": Value("string"),
-            "answer": List(Value("string")),
-        }
-    ),
+    columns=Features({"question_id": STRING, "image": Image(), "question": STRING, "answer": STRINGS}),
     convert=_convert_coco_caption,
     style="coco_captioning",
     metric="cider",
@@ -238,22 +212,18 @@ DOC_QA = VQADataset(
     elsewhere={"train": "HuggingFaceM4/DocumentVQA"},
     columns=Features(
         {
-            "questionId": Value("string"),
-            "question": Value("string"),
-            "question_types": List(Value("string")),
+            "questionId": STRING,
+            "question": STRING,
+            "question_types": STRINGS,
             "image": Image(),
-            "ucsf_document_id": Value("string"),
-            "answers": List(Value("string")),
+            "ucsf_document_id": STRING,
+            "answers": STRINGS,
         }
     ),
     convert=_convert_doc_qa,
     style="doc_qa",
     metric="anls",
 )
-
-
-def _convert_st_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
-    return {"id": row["question_id"], "question": row["question"], "answers": row["answers"]}
 
 
 ST_QA = VQADataset(
@@ -264,26 +234,17 @@ ST_QA = VQADataset(
     splits={"train": "train", "test": "test"},
     unlabelled=("test",),
     not_on_hub=("train",),
-    columns=Features(
-        {
-            "question_id": Value("string"),
-            "question": Value("string"),
-            "image": Image(),
-            "answers": List(Value("string")),
-        }
-    ),
-    convert=_convert_st_qa,
+    columns=Features({"question_id": STRING, "question": STRING, "image": Image(), "answers": STRINGS}),
+    convert=partial(_take, id="question_id", question="question", answers="answers"),
     style="st_qa",
     metric="anls",
 )
 
 
-def _convert_official_st_qa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
-    return {**_convert_st_qa(row, number), "image_key": row["file_path"]}
-
-
 OFFICIAL_ST_QA = replace(
-    ST_QA, columns=Features({**ST_QA.columns, "file_path": Value("string")}), convert=_convert_official_st_qa
+    ST_QA,
+    columns=Features({**ST_QA.columns, "file_path": STRING}),
+    convert=partial(ST_QA.convert, image_key="file_path"),
 )
 """As in the official JSON files."""
 
@@ -309,10 +270,7 @@ TALLY_QA = VQADataset(
     not_on_hub=("train",),
     questions_column="qa",
     columns=Features(
-        {
-            "image": Image(),
-            "qa": List({"question": Value("string"), "answer": Value("int64"), "is_simple": Value("bool")}),
-        }
+        {"image": Image(), "qa": List({"question": STRING, "answer": INT64, "is_simple": Value("bool")})}
     ),
     convert=_convert_tally_qa,
     style="tally_qa",
@@ -337,10 +295,10 @@ OFFICIAL_TALLY_QA = replace(
     columns=Features(
         {
             "image": Image(),
-            "image_id": Value("int64"),
-            "question_id": Value("int64"),
-            "question": Value("string"),
-            "answer": Value("int64"),
+            "image_id": INT64,
+            "question_id": INT64,
+            "question": STRING,
+            "answer": INT64,
             "issimple": Value("bool"),
         }
     ),
@@ -357,7 +315,7 @@ def _convert_science_qa_img(row: Mapping[str, Any], number: int | str) -> dict[s
     converted = {
         # The card has no ids.
         "id": f"{number:06d}",
-        # As in Molmo's training: the hint, which the question may refer to, stands above it.
+        # The hint, which the question may refer to, goes above it.
         "question": render_choices("\n".join(text for text in (row["hint"], row["question"]) if text), choices),
         "answers": [],
         "question_type": row["subject"],
@@ -380,11 +338,11 @@ SCIENCE_QA_IMG = VQADataset(
     columns=Features(
         {
             "image": Image(),
-            "question": Value("string"),
-            "choices": List(Value("string")),
+            "question": STRING,
+            "choices": STRINGS,
             "answer": Value("int8"),
-            "hint": Value("string"),
-            "subject": Value("string"),
+            "hint": STRING,
+            "subject": STRING,
         }
     ),
     convert=_convert_science_qa_img,
@@ -398,7 +356,7 @@ _MMMU_IMAGE = re.compile(r"<image (\d+)>")
 def _convert_mmmu(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
     """
     Questions and options name their images as "<image 1>". An executor gets one image, before the question: a row that
-    names another one is not usable. Of the one image, the name is left out where it stands at either end, and is
+    names another one cannot be used. The name of the one image is left out at either end of a text, and is
     "the image" elsewhere.
     """
     converted = {"id": row["id"], "image_key": row["id"], "question": row["question"], "answers": []}
@@ -409,7 +367,7 @@ def _convert_mmmu(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
         options = [] if is_open else _parse_list(row["options"])
         answers = _parse_list(row["answer"]) if is_open and row["answer"].startswith("[") else [row["answer"]]
     except ValueError:
-        return {**converted, "defect": f"question: its options are no list ({row['options']})"}
+        return {**converted, "defect": f"question: its options are not a list ({row['options']})"}
     images = sorted({int(image) for text in (row["question"], *options) for image in _MMMU_IMAGE.findall(text)})
     if images not in ([], [1]):
         names = ", ".join(f"image_{image}" for image in images)
@@ -430,10 +388,10 @@ def _convert_mmmu(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
 def _parse_list(text: str) -> list[str]:
     try:
         values = ast.literal_eval(text)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"'{text}' is no list.") from error
+    except SyntaxError as error:
+        raise ValueError(f"'{text}' is not Python.") from error
     if not isinstance(values, list):
-        raise ValueError(f"'{text}' is no list.")
+        raise ValueError(f"'{text}' is not a list.")
     return [str(value) for value in values]
 
 
@@ -450,12 +408,12 @@ MMMU = VQADataset(
     image_column="image_1",
     columns=Features(
         {
-            "id": Value("string"),
-            "question": Value("string"),
-            "options": Value("string"),
+            "id": STRING,
+            "question": STRING,
+            "options": STRING,
             "image_1": Image(),
-            "answer": Value("string"),
-            "question_type": Value("string"),
+            "answer": STRING,
+            "question_type": STRING,
         }
     ),
     convert=_convert_mmmu,
@@ -465,16 +423,6 @@ MMMU = VQADataset(
 
 VQA_DATASETS: dict[str, VQADataset] = {
     entry.name: entry
-    for entry in (
-        TEXT_VQA,
-        COCO_2014_VQA,
-        OKVQA,
-        COCO_CAPTION,
-        TALLY_QA,
-        DOC_QA,
-        SCIENCE_QA_IMG,
-        ST_QA,
-        MMMU,
-    )
+    for entry in (TEXT_VQA, COCO_2014_VQA, OKVQA, COCO_CAPTION, TALLY_QA, DOC_QA, SCIENCE_QA_IMG, ST_QA, MMMU)
 }
 """The published data sets by name."""

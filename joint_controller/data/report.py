@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
@@ -25,7 +25,7 @@ MAX_NAMED_ROWS = 10
 """Rows that a table names, of those that are left out or too long."""
 MAX_VALUE_LENGTH, MAX_TEXT_LENGTH = 32, 240
 """Characters of an answer in a list, and of a text in the examples."""
-MAX_UNBROKEN = 12
+MAX_UNBROKEN = 14
 """Characters of a word that a narrow terminal leaves on one line."""
 MAX_WRITTEN_VALUES = 100
 """Answers in JSON, the most frequent ones."""
@@ -85,10 +85,10 @@ class ReportTable:
             padding=(0, 1, 0, 0),
             pad_edge=False,
         )
-        is_grouped = self.columns[:2] == GROUP_COLUMNS
-        # A data set's name stands above its splits: a column less, which a narrow terminal needs.
-        columns = ["", *self.columns[2:]] if is_grouped else self.columns
-        rows = [[f"  {row[1]}", *row[2:]] if is_grouped else row for row in self.rows]
+        columns, rows = self.columns, self.rows
+        if self.columns[:2] == GROUP_COLUMNS:
+            # A data set's name goes above its splits: a narrow terminal needs the column.
+            columns, rows = ["", *self.columns[2:]], [[f"  {row[1]}", *row[2:]] for row in self.rows]
         for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
             is_number = column not in TEXT_COLUMNS and all(cell[:1].isdigit() for cell in cells)
             words = (word for cell in cells for word in [cell, *cell.split()] if len(word) <= MAX_UNBROKEN)
@@ -99,17 +99,15 @@ class ReportTable:
                 min_width=max(map(len, words), default=0),
                 overflow="fold",
             )
-        name = None
+        group = None
         for whole_row, row in zip(self.rows, rows, strict=True):
-            if is_grouped and whole_row[0] != name:
-                name = whole_row[0]
-                shown.add_row(f"[bold]{escape(name)}[/]")
-            shown.add_row(
-                *(
-                    f"[red]{escape(cell)}[/]" if column == TOO_LONG and cell != "0" else escape(cell)
-                    for column, cell in zip(columns, row, strict=True)
-                )
-            )
+            if row is not whole_row:
+                if group is None or group[0] != whole_row[0]:
+                    shown.add_row(f"[bold]{escape(whole_row[0])}[/]")
+                if group == whole_row[:2]:
+                    row = ["", *row[1:]]
+                group = whole_row[:2]
+            shown.add_row(*map(escape, row), style="red" if TOO_LONG in row else None)
         return shown
 
     def to_markdown(self) -> str:
@@ -144,9 +142,9 @@ def make_tables(
     tables = [
         _samples_table(parts, skipped_rows),
         _images_table(parts),
-        _lengths_table(parts, max_prompt_tokens),
+        _inputs_table(parts, max_prompt_tokens),
         _values_table("Answers: of several references, the most frequent one", parts, "answers", "answer_words"),
-        _values_table("Question types", parts, "question_types"),
+        _values_table("Question types, and words of a question", parts, "question_types", "question_words"),
         _examples_table(examples),
     ]
     return [*tables, _skipped_table(skipped_rows)] if skipped_rows else tables
@@ -165,11 +163,11 @@ def to_json(part: DataPart) -> dict[str, Any]:
         "name": part.name,
         "split": part.split,
         "role": part.role,
-        **{field.name: getattr(statistics, field.name) for field in fields(statistics)},
+        **vars(statistics),
         "image_sizes": {f"{width}x{height}": count for (width, height), count in statistics.image_sizes.most_common()},
         "num_answers": len(statistics.answers),
         "answers": dict(statistics.answers.most_common(MAX_WRITTEN_VALUES)),
-        "tiers": {tier: asdict(numbers) for tier, numbers in statistics.tiers.items()},
+        "inputs": {name: asdict(numbers) for name, numbers in statistics.inputs.items()},
     }
 
 
@@ -198,49 +196,32 @@ def _images_table(parts: Sequence[DataPart]) -> ReportTable:
     rows = []
     for part in parts:
         sizes = sorted(part.statistics.image_sizes.elements(), key=lambda size: (size[0] * size[1], size))
-        crops = (tier.crops for tier in part.statistics.tiers.values())
-        rows.append(
-            [
-                part.name,
-                part.split,
-                *(f"{width}×{height}" for width, height in (sizes[0], sizes[len(sizes) // 2], sizes[-1])),
-                *(
-                    _range(numbers)
-                    if numbers["min"] == numbers["max"]
-                    else f"{numbers['mean']:.1f} ({_range(numbers)})"
-                    for numbers in crops
-                ),
-            ]
-        )
-    return ReportTable(
-        "Images by area, and crops at each tier: mean (range)",
-        [*GROUP_COLUMNS, "smallest", "median", "largest", *parts[0].statistics.tiers],
-        rows,
-    )
+        shown = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        rows.append([part.name, part.split, *(f"{width}×{height}" for width, height in shown)])
+    return ReportTable("Images by area", [*GROUP_COLUMNS, "smallest", "median", "largest"], rows)
 
 
-def _lengths_table(parts: Sequence[DataPart], max_prompt_tokens: int) -> ReportTable:
-    def median_and_most(numbers: Mapping[str, float]) -> str:
-        return f"{numbers['median']:,.0f} / {numbers['max']:,}"
+def _inputs_table(parts: Sequence[DataPart], max_prompt_tokens: int) -> ReportTable:
+    def mean_and_range(numbers: Mapping[str, float]) -> str:
+        is_same = numbers["min"] == numbers["max"]
+        return _range(numbers) if is_same else f"{numbers['mean']:,.1f} ({_range(numbers)})"
 
     rows = []
-    too_long: dict[str, list[str]] = {}  # tiers of each sample
+    too_long: dict[str, list[str]] = {}  # where each of these samples is too long
     for part in parts:
-        tiers = part.statistics.tiers
-        for name, tier in tiers.items():
-            for sample_id in tier.too_long:
-                too_long.setdefault(sample_id, []).append(name)
+        inputs = part.statistics.inputs
+        for count in next(iter(inputs.values())).counts:
+            numbers = [mean_and_range(one.counts[count]) for one in inputs.values()]
+            rows.append([part.name, part.split, count, *numbers])
         rows.append(
-            [
-                part.name,
-                part.split,
-                median_and_most(part.statistics.question_words),
-                median_and_most(part.statistics.text_tokens),
-                *(median_and_most(tier.prompt_tokens) for tier in tiers.values()),
-                f"{len({sample_id for tier in tiers.values() for sample_id in tier.too_long}):,}",
-            ]
+            [part.name, part.split, "prompt_tokens", *(mean_and_range(one.prompt_tokens) for one in inputs.values())]
         )
-    named = [f"{sample_id} ({', '.join(tiers)})" for sample_id, tiers in too_long.items()]
+        if any(one.too_long for one in inputs.values()):
+            rows.append([part.name, part.split, TOO_LONG, *(f"{len(one.too_long):,}" for one in inputs.values())])
+        for name, one in inputs.items():
+            for sample_id in one.too_long:
+                too_long.setdefault(sample_id, []).append(name)
+    named = [f"{sample_id} ({', '.join(names)})" for sample_id, names in too_long.items()]
     note = f"No prompt is longer than the {max_prompt_tokens:,} tokens that leave room for an answer."
     if named:
         more = ", …" if len(named) > MAX_NAMED_ROWS else ""
@@ -249,14 +230,14 @@ def _lengths_table(parts: Sequence[DataPart], max_prompt_tokens: int) -> ReportT
             f"{', '.join(named[:MAX_NAMED_ROWS])}{more}"
         )
     return ReportTable(
-        "Question words, prompt tokens without and with the image of each tier: median / most",
-        [*GROUP_COLUMNS, "words", "text", *(f"+ {tier}" for tier in parts[0].statistics.tiers), TOO_LONG],
+        "What the executor is given, by what stage 1 decides: mean (range)",
+        [*GROUP_COLUMNS, "count", *parts[0].statistics.inputs],
         rows,
         note,
     )
 
 
-def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str | None = None) -> ReportTable:
+def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str) -> ReportTable:
     def most_frequent(values: Counter[str]) -> str:
         total = values.total()
         shares = [
@@ -265,20 +246,12 @@ def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str
         ]
         return " · ".join([*shares, *(["…"] if len(values) > MAX_VALUES else [])])
 
-    return ReportTable(
-        title,
-        [*GROUP_COLUMNS, "different", *([] if words is None else ["words"]), "most frequent"],
-        [
-            [
-                part.name,
-                part.split,
-                f"{len(getattr(part.statistics, counts)):,}",
-                *([] if words is None else [_range(getattr(part.statistics, words))]),
-                most_frequent(getattr(part.statistics, counts)),
-            ]
-            for part in parts
-        ],
-    )
+    rows = []
+    for part in parts:
+        values = getattr(part.statistics, counts)
+        words_of_one = _range(getattr(part.statistics, words))
+        rows.append([part.name, part.split, f"{len(values):,}", words_of_one, most_frequent(values)])
+    return ReportTable(title, [*GROUP_COLUMNS, "different", "words", "most frequent"], rows)
 
 
 def _examples_table(samples: Sequence[Mapping[str, Any]]) -> ReportTable:

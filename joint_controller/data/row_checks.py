@@ -30,18 +30,12 @@ class BadRow:
     A row that cannot be used.
 
     Args:
-        dataset (`str`):
-            Name or path of its data set.
-        split (`str`):
-            Its split.
-        row (`int`):
-            Its number in the whole split, counted from 0.
-        sample_id (`str` or `None`):
-            Its id.
-        column (`str`):
-            The column that is at fault.
-        cause (`str`):
-            What is wrong.
+        dataset, split (`str`):
+            Name or path of its data set, and its split.
+        row (`int`), sample_id (`str` or `None`):
+            Its number in the whole split, counted from 0, and its id.
+        column, cause (`str`):
+            The column that is at fault, and what is wrong.
     """
 
     dataset: str
@@ -158,7 +152,7 @@ def keep_good_rows(
     skipped: SkippedRows | None = None,
 ) -> Dataset:
     """
-    Reads every row once, images included, so that nothing fails half-way through a run. Images are decoded in threads and
+    Reads every row once, images included, so that nothing fails in the middle of a run. Images are decoded in threads and
     not kept. What was found is kept in the cache of `datasets`, so that the next start with the same rows takes no time.
 
     Args:
@@ -196,49 +190,38 @@ def keep_good_rows(
     if not bad_positions:
         return dataset
     sample_ids = dataset["sample_id"]
-    bad_rows = [
-        BadRow(
-            name,
-            split,
-            position if rows is None else rows[position],
-            sample_ids[position],
-            columns[position],
-            causes[position],
-        )
-        for position in bad_positions
-    ]
+    numbers = range(len(dataset)) if rows is None else rows
+    bad_rows = [BadRow(name, split, numbers[at], sample_ids[at], columns[at], causes[at]) for at in bad_positions]
     if skipped is None:
         raise ValueError(f"{refusal(bad_rows[0])} ({len(bad_rows)} of {len(dataset)} rows are bad.)")
     for bad in bad_rows:
         skipped.add(bad)
     if len(bad_rows) == len(dataset):
         raise ValueError(f"data set '{name}' has no good row in '{split}'; the first is bad: {bad_rows[0]}.")
-    is_bad = set(bad_positions)
-    return dataset.select([position for position in range(len(dataset)) if position not in is_bad])
+    return dataset.select([position for position, column in enumerate(columns) if column is None])
 
 
 def refusal(bad: BadRow) -> str:
     """The message of the error that a bad row is by default."""
-    return f"{bad}. Mend the row or remove it, or leave such rows out with `skip_bad_rows: true`."
+    return f"{bad}. Repair or remove the row, or leave such rows out with `skip_bad_rows: true`."
 
 
 def _find_faults(batch: Mapping[str, list[Any]]) -> dict[str, list[str | None]]:
-    columns = list(batch)
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [fault or (None, None) for fault in pool.map(find_fault, rows)]
-    return {"column": [column for column, _ in faults], "cause": [cause for _, cause in faults]}
+        columns, causes = zip(*(fault or (None, None) for fault in pool.map(find_fault, rows)), strict=True)
+    return {"column": list(columns), "cause": list(causes)}
 
 
 def _cache_file(encoded: Dataset) -> Path:
     """
-    Where the faults of these rows are kept. Not beside the data set, where `datasets` would put them: that folder is the
+    Where the faults of these rows are kept. Not with the data set, where `datasets` would put them: that folder is the
     user's.
     """
     hasher = Hasher()
     hasher.update((encoded._fingerprint, CHECKS_VERSION, MIN_IMAGE_SIDE, MAX_IMAGE_PIXELS))
     # The fingerprint says how the table was made. The files that it is in, and those of images that it only names, may
-    # have been mended, damaged or lost since.
+    # have been repaired, damaged or lost since.
     paths = {path for path in encoded.with_format(None).flatten()["image.path"][:] if path is not None}
     for path in [*sorted(paths), *(file["filename"] for file in encoded.cache_files)]:
         try:

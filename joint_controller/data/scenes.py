@@ -143,25 +143,15 @@ POLYGONS = {
     "square": ((0.09, 0.09), (0.91, 0.09), (0.91, 0.91), (0.09, 0.91)),
     "triangle": ((0.5, 0.04), (1.0, 0.94), (0.0, 0.94)),
     "diamond": ((0.5, 0.0), (0.94, 0.5), (0.5, 1.0), (0.06, 0.5)),
-    "cross": (
-        (0.32, 0.0),
-        (0.68, 0.0),
-        (0.68, 0.32),
-        (1.0, 0.32),
-        (1.0, 0.68),
-        (0.68, 0.68),
-        (0.68, 1.0),
-        (0.32, 1.0),
-        (0.32, 0.68),
-        (0.0, 0.68),
-        (0.0, 0.32),
-        (0.32, 0.32),
+    "cross": tuple(
+        zip(
+            (0.32, 0.68, 0.68, 1.0, 1.0, 0.68, 0.68, 0.32, 0.32, 0.0, 0.0, 0.32),
+            (0.0, 0.0, 0.32, 0.32, 0.68, 0.68, 1.0, 1.0, 0.68, 0.68, 0.32, 0.32),
+            strict=True,
+        )
     ),
     "star": tuple(
-        (
-            0.5 + radius * math.sin(point * math.pi / 5),
-            0.53 - radius * math.cos(point * math.pi / 5),
-        )
+        (0.5 + radius * math.sin(point * math.pi / 5), 0.53 - radius * math.cos(point * math.pi / 5))
         for point, radius in enumerate((0.52, 0.26) * 5)
     ),
 }
@@ -182,10 +172,8 @@ class SceneObject:
             One of `COLORS`.
         size (`int`):
             Side of its square box, in pixels.
-        left (`int`):
-            First column of its box.
-        top (`int`):
-            First row of its box.
+        left, top (`int`):
+            First column and row of its box.
     """
 
     shape: str
@@ -212,14 +200,10 @@ class SceneSign:
             The digit or the (lower-case) word; drawn in capitals.
         text_height (`int`):
             Height of the glyphs, in pixels.
-        width (`int`):
-            Width of the board, in pixels.
-        height (`int`):
-            Height of the board, in pixels.
-        left (`int`):
-            First column of the board.
-        top (`int`):
-            First row of the board.
+        width, height (`int`):
+            Size of the board, in pixels.
+        left, top (`int`):
+            First column and row of the board.
     """
 
     kind: str
@@ -314,7 +298,7 @@ def generate_scene(
 
 def scene_seed(split: str, index: int) -> int:
     """
-    The seed of a split's scene. Splits draw from disjoint ranges of seeds, so that none meets a scene of another.
+    The seed of a split's scene. Splits draw from disjoint ranges of seeds, so that they share no scene.
 
     Args:
         split (`str`):
@@ -566,11 +550,11 @@ def _ask(
         "digit": _ask_sign(sign, "digit"),
         "word": _ask_sign(sign, "word"),
     }
-    questions = []
-    for question_type, filled in asked.items():
-        if filled is not None:
-            words, answer = filled
-            questions.append(SceneQuestion(TEMPLATES[question_type].format(**words), answer, question_type))
+    questions = [
+        SceneQuestion(TEMPLATES[question_type].format(**filled[0]), filled[1], question_type)
+        for question_type, filled in asked.items()
+        if filled is not None
+    ]
     # Weighted draw without replacement: order by u^(1/w), u uniform (Efraimidis and Spirakis, 2006).
     questions.sort(key=lambda question: -(rng.random() ** (1 / TYPE_WEIGHTS[question.question_type])))
     return tuple(questions[:questions_per_scene])
@@ -583,6 +567,12 @@ Asked = tuple[dict[str, str], str]
 
 def _count_colors(objects: tuple[SceneObject, ...]) -> Counter:
     return Counter(item.color for item in objects)
+
+
+def _choose_unique(rng: random.Random, objects: tuple[SceneObject, ...], values: list[str]) -> SceneObject | None:
+    """An object whose value no other object has, or None where there is none."""
+    unique = [item for item, value in zip(objects, values, strict=True) if values.count(value) == 1]
+    return rng.choice(unique) if unique else None
 
 
 def _ask_existence(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked:
@@ -600,22 +590,14 @@ def _ask_color_largest(objects: tuple[SceneObject, ...]) -> Asked:
 
 def _ask_shape_of_color(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
     """Needs resolution: small outlines blur into each other. The colour occurs once."""
-    counts = _count_colors(objects)
-    unique = [item for item in objects if counts[item.color] == 1]
-    if not unique:
-        return None
-    item = rng.choice(unique)
-    return {"color": item.color}, item.shape
+    item = _choose_unique(rng, objects, [item.color for item in objects])
+    return item and ({"color": item.color}, item.shape)
 
 
 def _ask_color_of_shape(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
     """Needs resolution, to find the one object of that shape; then its colour is easy."""
-    counts = Counter(item.shape for item in objects)
-    unique = [item for item in objects if counts[item.shape] == 1]
-    if not unique:
-        return None
-    item = rng.choice(unique)
-    return {"shape": item.shape}, item.color
+    item = _choose_unique(rng, objects, [item.shape for item in objects])
+    return item and ({"shape": item.shape}, item.color)
 
 
 def _ask_count(objects: tuple[SceneObject, ...]) -> Asked:

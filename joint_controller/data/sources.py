@@ -29,7 +29,7 @@ from datasets.fingerprint import Hasher
 from .official_files import OFFICIAL_FILES, find_official_split, read_official_split
 from .registry import VQA_DATASETS, VQADataset
 from .schema import DEFAULT_QUESTION_TYPE, ENCODED_FEATURES, SPLITS
-from .splits import SplitPart, is_image_in_part, select_part, select_rows
+from .splits import ROLES, SplitPart, is_image_in_part, select_part, select_rows
 
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,6 @@ ENCODED_IMAGE = Image(decode=False)
 SOURCE_FEATURES = Features({**ENCODED_FEATURES, "defect": Value("string")})
 """Columns of a named data set: those of `FEATURES`, images not decoded, and `defect`: why the row cannot be used, `None`
 where it can."""
-
-ROLES = {"train2014": "train", "val": "validation", "val2014": "validation"}
-"""Names under which files and repositories have the splits `train` and `validation`."""
 
 NUM_STREAMING_SHARDS = 64
 """Into how many parts at most a table that lies on disk is streamed: enough for the workers of one machine."""
@@ -70,7 +67,7 @@ _CONVERTED_FEATURES = Features(
 
 def read_source(name_or_path: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
     """
-    Reads a split of a data set of visual questions as it stands: rows are not checked and images not decoded.
+    Reads a split of a data set of visual questions as it is: rows are not checked and images not decoded.
 
     Args:
         name_or_path (`str`):
@@ -135,7 +132,7 @@ def _parse_name(name_or_path: str) -> tuple[VQADataset | None, Path | None]:
             raise ValueError(f"there is no file or folder '{path}' for data set '{name}'.")
         return VQA_DATASETS[name], Path(path).expanduser()
     if not Path(name_or_path).expanduser().exists():
-        unknown = f" ('{name}' is no known name)" if equals else ""
+        unknown = f" ('{name}' is not a known name)" if equals else ""
         raise ValueError(
             f"there is no data set '{name_or_path}'{unknown}: give 'easy_vqa', 'scenes', one of {list(VQA_DATASETS)} "
             "(from the Hub), '<name>=<path>' for one of these in a local folder, or the path of a folder written by "
@@ -251,12 +248,9 @@ def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | Iterabl
     if saved:
         rows = _load_saved(path, name)
     else:
-        rows = _load_parquet(path, files[name], streaming)
+        rows = _load_parquet(path, files[name], streaming, prefix=prefix)
     if isinstance(rows, IterableDataset):
-        rows = _number_streamed(rows, prefix)
-        if not part.is_whole:
-            rows = rows.filter(is_image_in_part, fn_kwargs={"part": part})
-        return rows
+        return rows if part.is_whole else rows.filter(is_image_in_part, fn_kwargs={"part": part})
     if isinstance(rows.features.get("image"), Image):
         rows = rows.cast_column("image", ENCODED_IMAGE)
     if "sample_id" not in rows.column_names:
@@ -269,7 +263,7 @@ def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | Iterabl
 
 
 def _find_saved(path: Path) -> list[str]:
-    """Names of the splits of a folder written by `save_to_disk`; none if it is no such folder."""
+    """Names of the splits of a folder written by `save_to_disk`; none if it is another folder."""
     if (path / "dataset_dict.json").is_file():
         return json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
     if (path / "state.json").is_file():
@@ -314,20 +308,25 @@ def _find_parquet(path: Path, entry: VQADataset | None) -> dict[str, list[Path]]
 
 
 def _load_parquet(
-    path: Path, files: list[Path], streaming: bool, entry: VQADataset | None = None, role: str | None = None
+    path: Path,
+    files: list[Path],
+    streaming: bool,
+    entry: VQADataset | None = None,
+    role: str | None = None,
+    prefix: str = "",
 ) -> Dataset | IterableDataset:
     """Reads Parquet files: of a named data set the columns that are needed, else all."""
     names = [str(file) for file in files]
     try:
         if streaming:
-            return _stream_parquet(names, f"'{path}'", entry, role)
+            return _stream_parquet(names, f"'{path}'", entry, role, prefix)
         if entry is None:
             return Dataset.from_parquet(names)
         _check_published(entry, role, _read_features(names[0]), f"'{path}'")
         return Dataset.from_parquet(names, columns=list(entry.columns))
     except _PublishedSchemaError:
         raise
-    # A ValueError is what `datasets` and Arrow raise for files without rows and for files that are no Parquet.
+    # A ValueError is what `datasets` and Arrow raise for files without rows and for files of other kinds.
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
             f"data set '{path}' cannot be read ({_one_line(error)}): its Parquet files must be whole, hold rows and "
@@ -336,25 +335,36 @@ def _load_parquet(
 
 
 def _stream_parquet(
-    files: Sequence[str], where: str, entry: VQADataset | None = None, role: str | None = None
+    files: Sequence[str],
+    where: str,
+    entry: VQADataset | None = None,
+    role: str | None = None,
+    prefix: str = "",
 ) -> IterableDataset:
     """
-    Rows of Parquet files, local or on the Hub, as they are asked for, with their number in the split: it is their own,
-    whichever process reads a file, and in whichever order.
+    Rows of Parquet files, local or on the Hub, as they are asked for, whichever process reads a file, and in whichever
+    order. Those of a named data set come with their number in the split, others with an id made of it if they have none.
     """
     features = _read_features(files[0])
     if entry is not None:
         _check_published(entry, role, features, where)
-        features = {column: features[column] for column in entry.columns}
+        features = Features({column: features[column] for column in entry.columns})
     with ThreadPoolExecutor(FIRST_ROWS_THREADS) as pool:
         num_rows = list(pool.map(_count_rows, files))
     if not sum(num_rows):
         raise ValueError("there are no rows")
     first_rows = [sum(num_rows[:index]) for index in range(len(files))]
+    number = {"sample_id": Value("string")} if entry is None else {_ROW: Value("int64")}
+    encoded = {name: ENCODED_IMAGE if isinstance(feature, Image) else feature for name, feature in features.items()}
     return IterableDataset.from_generator(
         _iterate_parquet,
-        features=Features({**{name: _undecoded(feature) for name, feature in features.items()}, _ROW: Value("int64")}),
-        gen_kwargs={"files": list(files), "first_rows": first_rows, "columns": tuple(features)},
+        features=Features({**number, **encoded}),
+        gen_kwargs={
+            "files": list(files),
+            "first_rows": first_rows,
+            "columns": tuple(features),
+            "prefix": prefix if entry is None else None,
+        },
     )
 
 
@@ -363,35 +373,20 @@ def _read_features(file: str) -> Features:
         return Features.from_arrow_schema(pq.read_schema(opened))
 
 
-def _undecoded(feature: Any) -> Any:
-    return ENCODED_IMAGE if isinstance(feature, Image) else feature
-
-
 def _count_rows(file: str) -> int:
     with fsspec.open(file) as opened:
         return pq.ParquetFile(opened).metadata.num_rows
 
 
-def _iterate_parquet(files: list[str], first_rows: list[int], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _iterate_parquet(
+    files: list[str], first_rows: list[int], columns: tuple[str, ...], prefix: str | None
+) -> Iterator[dict[str, Any]]:
     for file, row in zip(files, first_rows, strict=True):
         with fsspec.open(file) as opened:
             for batch in pq.ParquetFile(opened).iter_batches(STREAMING_BATCH_SIZE, columns=list(columns)):
                 for values in batch.to_pylist():
-                    yield {**values, _ROW: row}
+                    yield {_ROW: row, **values} if prefix is None else {"sample_id": f"{prefix}/{row:06d}", **values}
                     row += 1
-
-
-def _number_streamed(rows: IterableDataset, prefix: str) -> IterableDataset:
-    """Gives rows without an id one by their number."""
-    if "sample_id" in rows.column_names:
-        return rows.remove_columns(_ROW)
-    features = Features({**rows.features, "sample_id": Value("string")})
-    del features[_ROW]
-    return rows.map(_add_sample_id, fn_kwargs={"prefix": prefix}, remove_columns=[_ROW], features=features)
-
-
-def _add_sample_id(row: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {"sample_id": f"{prefix}/{row[_ROW]:06d}"}
 
 
 # ---- from published rows to ours ------------------------------------------------------------------------------------

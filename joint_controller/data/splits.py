@@ -10,6 +10,9 @@ from typing import Any
 from datasets import Dataset, Image
 
 
+ROLES = {"train2014": "train", "val": "validation", "val2014": "validation"}
+"""Names under which files and repositories have the splits `train` and `validation`."""
+
 _SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?:(?P<start>\d+)%)?:(?:(?P<stop>\d+)%)?\])?")
 
 
@@ -52,6 +55,11 @@ class SplitPart:
     def is_whole(self) -> bool:
         """Whether the part is all of the split."""
         return (self.start, self.stop) == (0, 100)
+
+    def overlaps(self, other: "SplitPart") -> bool:
+        """Whether the two share images: splits of different names do not, but `val2014` is `validation`."""
+        same_split = ROLES.get(self.name, self.name) == ROLES.get(other.name, other.name)
+        return same_split and max(self.start, other.start) < min(self.stop, other.stop)
 
     def contains(self, image_key: str) -> bool:
         """

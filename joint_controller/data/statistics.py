@@ -1,24 +1,22 @@
 """What a data set holds, in numbers: before a run trains on it."""
 
 import hashlib
-import math
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset, Image
 
-from ..molmo.image_processing_molmo import oriented_size
-from ..molmo.processing_molmo import MolmoProcessor
+from ..executor import ExecutorRequest, InputCounter
+from ..images import oriented_size
+from ..knobs import KnobSetting, KnobSpace
 from .images import open_image
 
 
 READ_BATCH_SIZE = 64
 """Rows whose encoded images are in memory at once."""
-
-ENCODING_BATCH_SIZE = 1024
-"""Questions that are tokenised at once."""
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
@@ -40,23 +38,20 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class TierStatistics:
+class InputStatistics:
     """
-    What the executor is given for the rows of a data set at one tier.
+    What the executor is given for the rows of a data set at one combination of values of the knobs that stage 1 decides.
 
     Args:
-        crops (`dict[str, float]`):
-            [`summarize`] of the crops of an image, the global view apart.
-        vision_tokens (`dict[str, float]`):
-            [`summarize`] of the tokens that stand for an image.
+        counts (`dict[str, dict[str, float]]`):
+            [`summarize`] of each of the executor's counts.
         prompt_tokens (`dict[str, float]`):
-            [`summarize`] of the tokens of a prompt, those of the image included.
+            [`summarize`] of the lengths of the prompts: the sum of the counts that end in `_tokens`.
         too_long (`list[str]`):
             Sample ids of the prompts that are longer than the executor takes.
     """
 
-    crops: dict[str, float]
-    vision_tokens: dict[str, float]
+    counts: dict[str, dict[str, float]]
     prompt_tokens: dict[str, float]
     too_long: list[str]
 
@@ -79,12 +74,10 @@ class DatasetStatistics:
             [`summarize`] of the number of references of a row.
         answer_words, question_words (`dict[str, float]`):
             [`summarize`] of the words of an answer and of a question.
-        text_tokens (`dict[str, float]`):
-            [`summarize`] of the tokens of a prompt, those of the image apart.
         question_types, metrics, styles (`Counter[str]`):
             Rows with each value of these columns.
-        tiers (`dict[str, TierStatistics]`):
-            What the executor is given at each tier.
+        inputs (`dict[str, InputStatistics]`):
+            What the executor is given at each combination of stage 1's knobs, by its name, e.g. `"tier=low"`.
     """
 
     num_rows: int
@@ -94,93 +87,89 @@ class DatasetStatistics:
     references: dict[str, float]
     answer_words: dict[str, float]
     question_words: dict[str, float]
-    text_tokens: dict[str, float]
     question_types: Counter[str]
     metrics: Counter[str]
     styles: Counter[str]
-    tiers: dict[str, TierStatistics]
+    inputs: dict[str, InputStatistics]
 
 
-def describe_dataset(
-    dataset: Dataset, processor: MolmoProcessor, tier_crops: Mapping[str, Sequence[int]], max_prompt_tokens: int
-) -> DatasetStatistics:
+def describe_dataset(dataset: Dataset, counter: InputCounter) -> DatasetStatistics:
     """
-    Counts what the rows of a data set hold, and what an executor will be given for them. Of images the headers are read,
-    not the pixels.
+    Counts what the rows of a data set hold, and what an executor will be given for them.
 
     Args:
         dataset (`datasets.Dataset`):
             Columns as in `FEATURES`, one row or more.
-        processor ([`MolmoProcessor`]):
-            The executor's.
-        tier_crops (`dict[str, tuple[int, int]]`):
-            Crop range of each tier.
-        max_prompt_tokens (`int`):
-            Most tokens of a prompt that the executor takes.
+        counter ([`InputCounter`]):
+            Of the executor.
 
     Raises:
-        ValueError: If there are no rows.
+        ValueError: If there are no rows, or a row has a style that the executor does not know.
     """
     if len(dataset) == 0:
         raise ValueError("the data set has no rows.")
-    sizes, num_images = _read_image_sizes(dataset)
-    text_tokens = _count_text_tokens(dataset, processor)
-    sample_ids = dataset["sample_id"][:]
-    tiers = {}
-    for tier in tier_crops:
-        # Most data sets have many rows of one size.
-        tilings = {
-            (width, height): processor.image_processor.choose_tiling(height, width, tier=tier, tier_crops=tier_crops)
-            for width, height in set(sizes)
-        }
-        vision_tokens = {
-            size: processor.image_processor.count_image_tokens(tiling) for size, tiling in tilings.items()
-        }
-        prompt_tokens = [vision_tokens[size] + text for size, text in zip(sizes, text_tokens, strict=True)]
-        tiers[tier] = TierStatistics(
-            crops=summarize([math.prod(tilings[size]) for size in sizes]),
-            vision_tokens=summarize([vision_tokens[size] for size in sizes]),
-            prompt_tokens=summarize(prompt_tokens),
-            too_long=[
-                sample_id
-                for sample_id, length in zip(sample_ids, prompt_tokens, strict=True)
-                if length > max_prompt_tokens
-            ],
-        )
+    settings = _settings_of_stage_1(counter.knob_space)
+    sizes, images, counts = [], set(), []
+    # What a request counts depends on the size of its image, the question and its style: many rows share all three.
+    known: dict[tuple, dict[str, list[int]]] = {}
+    columns = dataset.select_columns(["sample_id", "image", "question", "style"])
+    for batch in columns.cast_column("image", Image(decode=False)).iter(READ_BATCH_SIZE):
+        for sample_id, encoded, question, style in zip(*batch.values(), strict=True):
+            images.add(encoded["path"] if encoded["bytes"] is None else hashlib.sha1(encoded["bytes"]).digest())
+            with open_image(encoded) as image:
+                sizes.append(oriented_size(image))
+                key = (sizes[-1], question, style)
+                if key not in known:
+                    request = ExecutorRequest(sample_id, image, question, style, counter.knob_space.cheapest)
+                    try:
+                        known[key] = counter.count_inputs(request, list(settings.values()))
+                    except ValueError as error:
+                        raise ValueError(f"sample '{sample_id}': {error}") from error
+            counts.append(known[key])
     references = dataset["answers"][:]
     answers = Counter(Counter(row).most_common(1)[0][0] for row in references)
+    sample_ids = dataset["sample_id"][:]
     return DatasetStatistics(
         num_rows=len(dataset),
-        num_images=num_images,
+        num_images=len(images),
         image_sizes=Counter(sizes),
         answers=answers,
         references=summarize([len(row) for row in references]),
         answer_words=summarize([len(answer.split()) for answer in answers.elements()]),
         question_words=summarize([len(question.split()) for question in dataset["question"]]),
-        text_tokens=summarize(text_tokens),
         question_types=Counter(dataset["question_type"]),
         metrics=Counter(dataset["metric"]),
         styles=Counter(dataset["style"]),
-        tiers=tiers,
+        inputs={
+            name: _describe_inputs(
+                {count: [row[count][position] for row in counts] for count in counter.count_names},
+                sample_ids,
+                counter.max_prompt_tokens,
+            )
+            for position, name in enumerate(settings)
+        },
     )
 
 
-def _read_image_sizes(dataset: Dataset) -> tuple[list[tuple[int, int]], int]:
-    """Width and height of each row's image as it is to be seen, and how many different images there are."""
-    sizes, images = [], set()
-    encoded = dataset.select_columns("image").cast_column("image", Image(decode=False))
-    for batch in encoded.iter(READ_BATCH_SIZE):
-        for image in batch["image"]:
-            images.add(image["path"] if image["bytes"] is None else hashlib.sha1(image["bytes"]).digest())
-            with open_image(image) as opened:
-                sizes.append(oriented_size(opened))
-    return sizes, len(images)
+def _settings_of_stage_1(space: KnobSpace) -> dict[str, KnobSetting]:
+    """Each combination of values of the knobs that stage 1 decides, with the others at their highest, by its name."""
+    knobs = [space.knobs[position] for position in space.decided_by(1)]
+    chosen = [
+        dict(zip((knob.name for knob in knobs), values, strict=True))
+        for values in itertools.product(*(knob.values for knob in knobs))
+    ]
+    return {str(KnobSetting(values)) or "any setting": KnobSetting({**space.full, **values}) for values in chosen}
 
 
-def _count_text_tokens(dataset: Dataset, processor: MolmoProcessor) -> list[int]:
-    """Tokens of each row's prompt without the image's: the beginning of the sequence, the question in its style."""
-    lengths = []
-    for batch in dataset.select_columns(["question", "style"]).iter(ENCODING_BATCH_SIZE):
-        prompts = [processor.format_prompt(*row) for row in zip(batch["question"], batch["style"], strict=True)]
-        lengths += [1 + len(ids) for ids in processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-    return lengths
+def _describe_inputs(counts: dict[str, list[int]], sample_ids: list[str], max_prompt_tokens: int) -> InputStatistics:
+    token_counts = [values for name, values in counts.items() if name.endswith("_tokens")]
+    prompt_tokens = [sum(row) for row in zip(*token_counts, strict=True)]
+    return InputStatistics(
+        counts={name: summarize(values) for name, values in counts.items()},
+        prompt_tokens=summarize(prompt_tokens),
+        too_long=[
+            sample_id
+            for sample_id, length in zip(sample_ids, prompt_tokens, strict=True)
+            if length > max_prompt_tokens
+        ],
+    )

@@ -22,11 +22,11 @@ def stream_vqa_datasets(
     skipped_rows: SkippedRows | None = None,
 ) -> IterableDataset:
     """
-    Opens a split of several data sets as one stream: nothing is read before its turn comes.
+    Opens a split of several data sets as one stream: nothing is read before it is asked for.
 
     One pass over the stream is an epoch. Without `weights`, data sets take turns and an epoch has each sample once. With
     `weights`, the data set of the next sample is drawn by weight, and an epoch ends when the first data set has run out.
-    With `max_samples`, an epoch ends after so many samples, and each has the same ones, the first.
+    With `max_samples`, an epoch ends after that many samples, and each has the same ones, the first.
 
     Args:
         names (`Sequence[str]`):
@@ -34,7 +34,7 @@ def stream_vqa_datasets(
         split (`str`, *optional*, defaults to `"train"`):
             The split.
         max_samples (`int`, *optional*):
-            At most so many samples in total.
+            At most this many samples in total.
         seed (`int`, *optional*, defaults to 42):
             Chooses from which data set the next sample is, where there are weights.
         weights (`Sequence[float]`, *optional*):
@@ -51,30 +51,12 @@ def stream_vqa_datasets(
             on reading, if a row is not.
     """
     check_mixture(names, max_samples, weights)
-    streams = [stream_split(name, split, skipped_rows) for name in names]
+    streams = [_stream_split(name, split, skipped_rows) for name in names]
     return interleave_streams(streams, weights, seed, max_samples)
 
 
-def stream_split(name_or_path: str, split: str, skipped_rows: SkippedRows | None = None) -> IterableDataset:
-    """
-    Opens a split of a data set as a stream. Each row is checked when it is read, so a bad one is found, and is an error or
-    left out, when its turn comes.
-
-    Args:
-        name_or_path (`str`):
-            As for [`~joint_controller.data.load_vqa_dataset`].
-        split (`str`):
-            The split.
-        skipped_rows ([`SkippedRows`], *optional*):
-            Where bad rows are counted and listed, and then left out. By default a bad row is an error.
-
-    Returns:
-        `datasets.IterableDataset`: Columns as in `ENCODED_FEATURES`, in the order of the data set. That sample ids are
-        unique is not checked.
-
-    Raises:
-        ValueError: If the data set or split does not exist or a column is not usable; on reading, if a row is not.
-    """
+def _stream_split(name_or_path: str, split: str, skipped_rows: SkippedRows | None) -> IterableDataset:
+    """A split of one data set, in its order."""
     if name_or_path in ("scenes", "easy_vqa"):
         dataset = load_scenes(split) if name_or_path == "scenes" else load_easy_vqa(split)
         return dataset.cast_column("image", Image(decode=False)).to_iterable_dataset()
@@ -113,7 +95,7 @@ def take_rows(dataset: Dataset | IterableDataset, num_rows: int) -> Dataset:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             With the columns of `FEATURES`.
         num_rows (`int`):
-            At most so many.
+            At most this many.
 
     Returns:
         `datasets.Dataset`: As many as there are.

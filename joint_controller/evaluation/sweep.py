@@ -9,10 +9,10 @@ from datasets import Dataset
 from rich.table import Table
 
 from ..knobs import KnobSetting
-from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
-from ..rewards import DEFAULT_REWARD_WEIGHTS, total_reward
-from .policies import Policy, RandomPolicy, StaticPolicy
+from ..latency import LatencyEstimator
+from ..outcomes import OutcomeSource
+from ..rewards import DEFAULT_REWARDS, RewardFunction, reward_columns, total_reward
+from .policies import BestStaticPolicy, Policy, RandomPolicy, StaticPolicy
 
 
 SWEEP_FILE = "sweep.parquet"
@@ -67,51 +67,40 @@ class StaticSettings:
     Outcomes of every setting on the same samples, from which the best static setting of a budget is picked.
 
     Args:
-        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
+        outcomes ([`OutcomeSource`]):
             Gives the outcomes.
-        latency_estimator ([`LatencyEstimatorModel`], *optional*):
-            Gives their latencies. `None` takes those that were measured with the outcomes.
+        latency_estimator ([`LatencyEstimator`]):
+            Gives their latencies.
         samples (`Sequence[dict]`):
             Training samples: a setting is chosen on these and judged on others.
-        reward_weights (`Sequence[float]`, *optional*, defaults to `DEFAULT_REWARD_WEIGHTS`):
-            Weights of the reward's terms.
+        rewards (`Mapping[RewardFunction, float]`, *optional*, defaults to `DEFAULT_REWARDS`):
+            Reward functions and their weights.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
     """
 
     def __init__(
         self,
-        collector: OutcomeCollector | RecordedOutcomes,
-        latency_estimator: LatencyEstimatorModel | None,
+        outcomes: OutcomeSource,
+        latency_estimator: LatencyEstimator,
         samples: Sequence[Mapping[str, Any]],
-        reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
+        rewards: Mapping[RewardFunction, float] = DEFAULT_REWARDS,
         progress: bool = False,
     ):
-        space = collector.knob_space
-        self.settings = list(space)
-        self.reward_weights = reward_weights
-        outcomes = collector.collect(
-            [sample for sample in samples for _ in self.settings], self.settings * len(samples), progress=progress
-        )
-        shape = (len(samples), len(self.settings))
-        self.accuracy = np.array([outcome.accuracy for outcome in outcomes]).reshape(shape)
-        self.latency_ms = predict_latency_ms(latency_estimator, outcomes).double().numpy().reshape(shape)
-        self.normalized_knobs = [space.normalized(setting) for setting in self.settings]
+        self.settings = outcomes.knob_space.settings
+        self.rewards = rewards
+        every_sample = [sample for sample in samples for _ in self.settings]
+        collected = outcomes.collect(every_sample, list(self.settings) * len(samples), progress=progress)
+        latency_ms = latency_estimator.latency_ms(collected)
+        budgets = [float("nan")] * len(collected)  # each is asked for later
+        self._columns = reward_columns(outcomes.knob_space, every_sample, collected, latency_ms.tolist(), budgets)
+        self.latency_ms = latency_ms.double().numpy().reshape(len(samples), len(self.settings))
 
     def mean_rewards(self, latency_budget_ms: float) -> np.ndarray:
         """Mean reward of each setting under a budget in ms, of shape `(settings,)`."""
-        return np.array(
-            [
-                total_reward(
-                    self.accuracy[:, column],
-                    self.latency_ms[:, column],
-                    np.full(len(self.accuracy), latency_budget_ms),
-                    [knobs] * len(self.accuracy),
-                    self.reward_weights,
-                ).mean()
-                for column, knobs in enumerate(self.normalized_knobs)
-            ]
-        )
+        budgets = [latency_budget_ms] * self.latency_ms.size
+        rewards = total_reward(self.rewards, {**self._columns, "latency_budget_ms": budgets})
+        return rewards.reshape(self.latency_ms.shape).mean(axis=0)
 
     def best(self, latency_budget_ms: float) -> KnobSetting:
         """
@@ -130,11 +119,11 @@ class StaticSettings:
 
 
 def baseline_policies(
-    collector: OutcomeCollector | RecordedOutcomes,
-    latency_estimator: LatencyEstimatorModel | None,
+    outcomes: OutcomeSource,
+    latency_estimator: LatencyEstimator,
     samples: Sequence[Mapping[str, Any]],
     budgets_ms: Sequence[float],
-    reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
+    rewards: Mapping[RewardFunction, float] = DEFAULT_REWARDS,
     seed: int = 42,
     progress: bool = False,
 ) -> list[Policy]:
@@ -143,34 +132,31 @@ def baseline_policies(
     (`"full"`) and random settings (`"random"`).
 
     Args:
-        collector, latency_estimator, samples:
+        outcomes, latency_estimator, samples, rewards, progress:
             As in [`StaticSettings`]: the static settings are chosen on training samples.
         budgets_ms (`Sequence[float]`):
             Budgets, in ms.
-        reward_weights (`Sequence[float]`, *optional*, defaults to `DEFAULT_REWARD_WEIGHTS`):
-            Weights of the reward's terms.
         seed (`int`, *optional*, defaults to 42):
             Seed of the random settings.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+
+    Raises:
+        ValueError: If no setting fits a budget.
     """
-    space = collector.knob_space
-    static_settings = StaticSettings(collector, latency_estimator, samples, reward_weights, progress)
-    return [
-        StaticPolicy({budget: static_settings.best(budget) for budget in budgets_ms}, "best static"),
-        StaticPolicy(space.full, "full"),
-        RandomPolicy(space, seed),
-    ]
+    space = outcomes.knob_space
+    static_settings = StaticSettings(outcomes, latency_estimator, samples, rewards, progress)
+    for budget in budgets_ms:
+        static_settings.best(budget)  # a budget that nothing fits is refused here
+    return [BestStaticPolicy(static_settings.best), StaticPolicy(space.full, "full"), RandomPolicy(space, seed)]
 
 
 def sweep_budgets(
     policies: Sequence[Policy],
-    collector: OutcomeCollector | RecordedOutcomes,
-    latency_estimator: LatencyEstimatorModel | None,
+    outcomes: OutcomeSource,
+    latency_estimator: LatencyEstimator,
     samples: Sequence[Mapping[str, Any]],
-    budget_fractions: Sequence[float],
+    budgets_ms: Sequence[float],
     full_setting_ms: float,
-    reward_weights: Sequence[float] = DEFAULT_REWARD_WEIGHTS,
+    rewards: Mapping[RewardFunction, float] = DEFAULT_REWARDS,
     progress: bool = False,
 ) -> list[SweepRow]:
     """
@@ -179,63 +165,51 @@ def sweep_budgets(
     Args:
         policies (`Sequence[Policy]`):
             What to compare.
-        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
+        outcomes ([`OutcomeSource`]):
             Gives outcomes; each pair of sample and setting runs once, whichever policies choose it.
-        latency_estimator ([`LatencyEstimatorModel`], *optional*):
-            Gives latencies. `None` takes those that were measured with the outcomes.
+        latency_estimator ([`LatencyEstimator`]):
+            Gives latencies.
         samples (`Sequence[dict]`):
             Held-out samples.
-        budget_fractions (`Sequence[float]`):
-            Budgets as fractions of `full_setting_ms`.
+        budgets_ms (`Sequence[float]`):
+            Budgets, in ms.
         full_setting_ms (`float`):
-            Mean latency of the full setting, in ms.
-        reward_weights (`Sequence[float]`, *optional*, defaults to `DEFAULT_REWARD_WEIGHTS`):
-            Weights of the reward's terms.
+            Mean latency of the full setting, in ms, for `budget_fraction`.
+        rewards (`Mapping[RewardFunction, float]`, *optional*, defaults to `DEFAULT_REWARDS`):
+            Reward functions and their weights.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
 
     Returns:
         `list[SweepRow]`: One for each budget and policy, budget by budget.
     """
-    space = collector.knob_space
-    budgets = [fraction * full_setting_ms for fraction in budget_fractions]
-    choices = {(policy.name, budget): policy.choose(samples, budget) for budget in budgets for policy in policies}
+    # Settings of all samples, budget by budget and policy by policy.
+    choices = [[policy.choose(samples, budget) for policy in policies] for budget in budgets_ms]
     # All at once, so that the executor gets large batches of equal settings.
-    pairs = {(row, setting): None for settings in choices.values() for row, setting in enumerate(settings)}
-    outcomes = dict(
-        zip(
-            pairs,
-            collector.collect(
-                [samples[row] for row, _ in pairs], [setting for _, setting in pairs], progress=progress
-            ),
-            strict=True,
-        )
+    pairs = {
+        (row, setting): None for of_budget in choices for settings in of_budget for row, setting in enumerate(settings)
+    }
+    collected = outcomes.collect(
+        [samples[row] for row, _ in pairs], [setting for _, setting in pairs], progress=progress
     )
-    latencies = dict(zip(pairs, predict_latency_ms(latency_estimator, list(outcomes.values())).tolist(), strict=True))
+    outcome_of = dict(zip(pairs, collected, strict=True))
+    latency_of = dict(zip(pairs, latency_estimator.latency_ms(collected).tolist(), strict=True))
     rows = []
-    for fraction, budget in zip(budget_fractions, budgets, strict=True):
-        for policy in policies:
-            settings = choices[policy.name, budget]
-            keys = list(enumerate(settings))
-            accuracy = np.array([outcomes[key].accuracy for key in keys])
-            latency_ms = np.array([latencies[key] for key in keys])
-            reward = total_reward(
-                accuracy,
-                latency_ms,
-                np.full(len(keys), budget),
-                [space.normalized(setting) for setting in settings],
-                reward_weights,
-            )
+    for budget, of_budget in zip(budgets_ms, choices, strict=True):
+        for policy, settings in zip(policies, of_budget, strict=True):
+            chosen = [outcome_of[key] for key in enumerate(settings)]
+            latency_ms = [latency_of[key] for key in enumerate(settings)]
+            columns = reward_columns(outcomes.knob_space, samples, chosen, latency_ms, [budget] * len(settings))
             most_common = max(set(settings), key=lambda setting: (settings.count(setting), setting))
             rows.append(
                 SweepRow(
                     policy=policy.name,
                     latency_budget_ms=budget,
-                    budget_fraction=fraction,
-                    reward=float(reward.mean()),
-                    accuracy=float(accuracy.mean()),
-                    latency_ms=float(latency_ms.mean()),
-                    budget_violation_rate=float((latency_ms > budget).mean()),
+                    budget_fraction=budget / full_setting_ms,
+                    reward=float(total_reward(rewards, columns).mean()),
+                    accuracy=float(np.mean([outcome.accuracy for outcome in chosen])),
+                    latency_ms=float(np.mean(latency_ms)),
+                    budget_violation_rate=float(np.mean(np.array(latency_ms) > budget)),
                     most_common_setting=str(most_common),
                     most_common_share=settings.count(most_common) / len(settings),
                     num_samples=len(settings),

@@ -1,4 +1,4 @@
-"""What the executor is asked, what it answers, and what it measures."""
+"""What an executor is asked, what it answers, and what it measures."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class ExecutorRequest:
         question (`str`):
             The bare question.
         style (`str`):
-            How the question is put to the executor, e.g. `"vqa2"`.
+            How the question is put to the executor: one of the styles that it knows.
         setting ([`KnobSetting`]):
             Knob setting.
     """
@@ -68,12 +68,8 @@ class ExecutorOutput:
             Setting of the request.
         answer (`str`):
             Decoded answer, without surrounding blanks.
-        num_views (`int`):
-            Views that the tower encoded: the global one and the crops.
-        vision_tokens (`int`):
-            Tokens that stand for the image: start, patch, column and end tokens.
-        text_tokens (`int`):
-            The other tokens of the prompt: the beginning-of-sequence token and the question.
+        counts (`Mapping[str, int]`):
+            How large its inputs were, by the executor's `count_names`.
         output_tokens (`int`):
             Tokens generated, the end-of-sequence token included.
     """
@@ -81,9 +77,7 @@ class ExecutorOutput:
     sample_id: str
     setting: KnobSetting
     answer: str
-    num_views: int
-    vision_tokens: int
-    text_tokens: int
+    counts: Mapping[str, int]
     output_tokens: int
 
 
@@ -95,30 +89,18 @@ class StageTimes:
     Args:
         controller_ms (`float` or `None`):
             Both stages of the controller with the features that they read; `None` where there was none.
-        image_processing_ms (`float`):
-            Cutting and normalising the image, tokenizing the prompt.
-        vision_ms (`float`):
-            Vision tower and connector.
-        llm_prefill_ms (`float`):
-            Language model over the prompt, up to the first output token.
+        stage_ms (`Mapping[str, float]`):
+            Each stage up to the first output token, by the executor's `stage_names`, in order.
         decode_ms (`list[float]`):
             Each further output token: `output_tokens - 1` values.
-        vision_tokens (`int`):
-            As in [`ExecutorOutput`].
-        text_tokens (`int`):
+        counts (`Mapping[str, int]`):
             As in [`ExecutorOutput`].
         output_tokens (`int`):
-            As in [`ExecutorOutput`].
-        num_views (`int`):
             As in [`ExecutorOutput`].
     """
 
     controller_ms: float | None
-    image_processing_ms: float
-    vision_ms: float
-    llm_prefill_ms: float
+    stage_ms: Mapping[str, float]
     decode_ms: list[float]
-    vision_tokens: int
-    text_tokens: int
+    counts: Mapping[str, int]
     output_tokens: int
-    num_views: int

@@ -1,126 +1,25 @@
-"""How far an estimator is from measurements: numbers, a card, pictures."""
+"""How far an estimator is from measurements: tables, a card, pictures."""
 
-import math
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..knobs import TIERS
-from .modeling_latency_estimator import DECODE_FEATURES, LLM_PREFILL_FEATURES, VISION_FEATURES, LatencyEstimatorModel
-from .profile_table import KNOB_COLUMNS, UNKNOWN
-
-
-if TYPE_CHECKING:
-    from .fitting import HeldOut
+from .held_out import COVERED_QUANTILE, PARTS, HeldOut, conformal_quantile, errors, report_errors
+from .modeling_latency_estimator import LatencyEstimatorModel
+from .profile_table import UNKNOWN
 
 
 REPORT_FILE = "fit_report.json"
-PARTS = {"prefill": "prefill_ms", "decode": "decode_ms_per_token", "total": "whole request"}
-"""What errors are reported of."""
-COVERED_QUANTILE = 0.95
-"""Upper quantile whose coverage is reported."""
 
-
-def conformal_quantile(ratios: torch.Tensor, quantile: float) -> float:
-    """
-    What an estimate is multiplied with so that a new measurement lies below with the given probability: the
-    ceil((n + 1) quantile)-th smallest of n ratios of a held-out measurement to its estimate (split conformal prediction);
-    the largest one where there are too few. NaNs are left out.
-    """
-    ratios = ratios[~ratios.isnan()].sort().values
-    rank = math.ceil((len(ratios) + 1) * quantile)
-    return ratios[min(rank, len(ratios)) - 1].item()
-
-
-def errors(measured_ms: torch.Tensor, predicted_ms: torch.Tensor) -> dict[str, float | int | None]:
-    """
-    Errors of predictions: `mae_ms`, `mape` (a share: 0.05 is 5 %), `p95_error_ms` and `p95_error` (95th percentiles of
-    the absolute and of the relative error), `r2` (None where all measurements are equal) and `num` measurements. Those
-    that are NaN are left out; without any, all are None.
-    """
-    known = ~measured_ms.isnan()
-    measured_ms, predicted_ms = measured_ms[known].double(), predicted_ms[known].double()
-    if len(measured_ms) == 0:
-        return dict.fromkeys(("mae_ms", "mape", "p95_error_ms", "p95_error", "r2")) | {"num": 0}
-    error = predicted_ms - measured_ms
-    relative = error.abs() / measured_ms
-    total = (measured_ms - measured_ms.mean()).square().sum()
-    return {
-        "mae_ms": error.abs().mean().item(),
-        "mape": relative.mean().item(),
-        "p95_error_ms": error.abs().quantile(0.95).item(),
-        "p95_error": relative.quantile(0.95).item(),
-        "r2": (1 - error.square().sum() / total).item() if total > 0 else None,
-        "num": len(measured_ms),
-    }
-
-
-def coverage(held_out: "HeldOut", part: str, quantile: float = COVERED_QUANTILE) -> float | None:
-    """
-    Share of held-out measurements that lie below their predicted upper quantile, which is fitted to the other folds; None
-    with a single fold.
-    """
-    ratios = held_out.measured_ms[part] / held_out.predicted_ms[part]
-    folds = torch.tensor(held_out.folds)
-    below = []
-    for fold in folds.unique():
-        tested, others = ratios[folds == fold], ratios[folds != fold]
-        if others.isnan().all():
-            return None
-        tested = tested[~tested.isnan()]
-        below.append(tested <= conformal_quantile(others, quantile))
-    return torch.cat(below).double().mean().item()
-
-
-def report_errors(held_out: "HeldOut") -> dict[str, Any]:
-    """
-    The held-out error of an estimator.
-
-    Args:
-        held_out ([`~latency.fitting.HeldOut`]):
-            Result of [`~latency.cross_validate`].
-
-    Returns:
-        `dict[str, Any]`: for `"prefill"`, `"decode"` (per token) and `"total"` the errors
-        ([`~latency.fit_report.errors`]), with `p95_coverage` (share of measurements below their predicted 95th
-        percentile) and perhaps `mape_physical` (with the physical terms alone); `by_knob`, the errors of `"prefill"` and
-        `"decode"` at each value of each knob; `num_measurements`, `num_settings`, `num_inputs`, `num_held_out`,
-        `num_disagreeing` (measurements whose repeats disagree; None
-        where nobody knows).
-    """
-    profile = held_out.profile
-    report: dict[str, Any] = {}
-    for part in PARTS:
-        measured_ms = held_out.measured_ms[part]
-        report[part] = errors(measured_ms, held_out.predicted_ms[part])
-        report[part]["p95_coverage"] = coverage(held_out, part)
-        if held_out.physical_ms is not None:
-            report[part]["mape_physical"] = errors(measured_ms, held_out.physical_ms[part])["mape"]
-    knobs = {knob: [profile[knob][row] for row in held_out.rows] for knob in KNOB_COLUMNS}
-    report["by_knob"] = {}
-    for knob, values in knobs.items():
-        report["by_knob"][knob] = {}
-        for value in dict.fromkeys(sorted(values, key=_cheapest_first)):
-            chosen = torch.tensor([one == value for one in values])
-            report["by_knob"][knob][str(value)] = {
-                part: errors(held_out.measured_ms[part][chosen], held_out.predicted_ms[part][chosen])
-                for part in ("prefill", "decode")
-            }
-    report["num_measurements"] = len(profile)
-    report["num_settings"] = len(set(zip(*(profile[knob] for knob in KNOB_COLUMNS), strict=True)))
-    report["num_inputs"] = len(set(profile["sample_id"]))
-    report["num_held_out"] = len(held_out.rows)
-    disagree = profile["repeats_disagree"][:]
-    report["num_disagreeing"] = None if None in disagree else sum(disagree)
-    return report
-
-
-def _cheapest_first(value: str | int) -> int:
-    return TIERS.index(value) if isinstance(value, str) else value
+ERROR_HEADINGS = ("", "MAE (ms)", "MAPE", "P95 error", "R²", "below p95", "n")
+"""Headings of [`~latency.fit_report.format_error_rows`]."""
+RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE, {part}" for part in PARTS))
+"""Headings of [`~latency.fit_report.format_recalibration_rows`]."""
 
 
 def _share(value: float | None) -> str:
@@ -129,8 +28,8 @@ def _share(value: float | None) -> str:
 
 def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """
-    The errors of a report as a table: what, MAE in ms, MAPE, P95 error, R², coverage of the 95th percentile, number n of
-    measurements; overall, then by the value of each knob.
+    The errors of a report ([`~latency.held_out.report_errors`]) as a table: what, MAE in ms, MAPE, P95 error, R², coverage
+    of the 95th percentile, number n of measurements; overall, then by the value of each knob.
     """
 
     def row(label: str, found: dict[str, Any]) -> tuple[str, ...]:
@@ -146,8 +45,19 @@ def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-ERROR_HEADINGS = ("", "MAE (ms)", "MAPE", "P95 error", "R²", "below p95", "n")
-"""Headings of [`~latency.fit_report.format_error_rows`]."""
+def format_recalibration_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """
+    The errors of [`~latency.recalibration.recalibration_errors`] as a table: measurements, then the MAPE of prefill, decode
+    and the whole request, the mean over draws with the largest in brackets; without recalibration first.
+    """
+    rows = [("none", *(_share(report["without"][part]["mape"]) for part in PARTS))]
+    for size, parts in report["by_size"].items():
+        cells = [
+            _share(found["mape"]) + (f" ({_share(found['largest_mape'])})" if found["mape"] is not None else "")
+            for found in (parts[part] for part in PARTS)
+        ]
+        rows.append((size, *cells))
+    return rows
 
 
 def format_markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -173,19 +83,15 @@ def format_model_card(model: LatencyEstimatorModel, more: str = "") -> str:
     report = config.held_out
     coefficients = [
         (stage, feature, f"{value:.3e}")
-        for stage, names, values in (
-            ("vision tower and connector", VISION_FEATURES, model.vision_coefficients),
-            ("language model, prefill", LLM_PREFILL_FEATURES[config.formula_version], model.llm_prefill_coefficients),
-            ("language model, decode step", DECODE_FEATURES, model.decode_coefficients),
-        )
-        for feature, value in zip(names, values.tolist(), strict=True)
+        for stage, cost in model.cost_model.stages.items()
+        for feature, value in zip(cost.features, model.get_parameter(f"{stage}_coefficients").tolist(), strict=True)
     ]
     knobs = ", ".join(f"`{knob}` {values}" for knob, values in config.fitted_knobs.items())
     counts = ", ".join(f"`{name}` {low} to {high}" for name, (low, high) in config.fitted_counts.items())
     facts = [
         ("device, driver", f"{config.device_name}, {config.driver_version}"),
         ("torch, data type", f"{config.torch_version}, {config.executor_dtype}"),
-        ("executor", f"fingerprint `{config.executor_fingerprint}`"),
+        ("executor", f"model type `{config.executor_type}`, fingerprint `{config.executor_fingerprint}`"),
         ("executor's code and mode", f"`{config.executor_revision}`, {config.executor_mode}"),
         ("knobs measured", knobs),
         ("counts measured", counts),
@@ -203,6 +109,8 @@ With the physical terms alone, without the learned factor, the MAPE is {_share(r
 """
     if config.recalibrated_from is not None:
         facts.append(("recalibrated from", ", ".join(str(value) for value in config.recalibrated_from.values())))
+    setting = ", ".join(f"{knob}={json.dumps(values[0])}" for knob, values in config.fitted_knobs.items())
+    example = json.dumps({name: [low] for name, (low, _) in config.fitted_counts.items()})
     return f"""---
 library_name: transformers
 tags:
@@ -212,7 +120,7 @@ tags:
 
 # Latency estimator
 
-Predicts how long a Molmo executor takes for one request (batch 1) from its knob setting and token counts: a sum of
+Predicts how long an executor takes for one request (batch 1) from its knob setting and the sizes of its inputs: a sum of
 physical terms for each stage, times a learned factor.
 
 {format_markdown_table(("", ""), facts)}
@@ -234,10 +142,8 @@ from joint_controller import KnobSetting, LatencyEstimatorModel
 
 model = LatencyEstimatorModel.from_pretrained("path/to/this/folder")
 model.predict_latency_ms(
-    [KnobSetting("low", top_k={config.fitted_knobs["top_k"][0]}, num_blocks={config.fitted_knobs["num_blocks"][0]})],
-    num_views=[2],
-    vision_tokens=[40],
-    text_tokens=[12],
+    [KnobSetting({setting})],
+    counts={example},
     output_tokens=[2],
     quantile=0.95,  # leave it out for the typical latency
 )
@@ -245,14 +151,20 @@ model.predict_latency_ms(
 """
 
 
-def plot_fit(held_out: "HeldOut", folder: str | Path) -> list[Path]:
+def _label_logarithmic(*axes: Axis) -> None:
+    for axis in axes:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+
+
+def plot_fit(held_out: HeldOut, folder: str | Path) -> list[Path]:
     """
     Draws how an estimator does on what it has not seen: predicted against measured times (`predicted.png`), and the error
     at each value of each knob (`error_by_knob.png`).
 
     Args:
-        held_out ([`~latency.fitting.HeldOut`]):
-            Result of [`~latency.cross_validate`].
+        held_out ([`~latency.held_out.HeldOut`]):
+            Result of [`~latency.fitting.cross_validate`].
         folder (`str` or `Path`):
             Folder for the pictures; it is made if needed.
 
@@ -261,13 +173,12 @@ def plot_fit(held_out: "HeldOut", folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tiers = [held_out.profile["tier"][row] for row in held_out.rows]
+    knob, rows_by_value = next(iter(held_out.rows_by_value().items()))
     figure = Figure(figsize=(10, 5), layout="constrained")
     for axes, part in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
         measured_ms, predicted_ms = held_out.measured_ms[part], held_out.predicted_ms[part]
-        for tier in sorted(set(tiers), key=_cheapest_first):
-            chosen = torch.tensor([one == tier for one in tiers])
-            axes.scatter(measured_ms[chosen], predicted_ms[chosen], s=10, alpha=0.6, label=f"tier {tier}")
+        for value, chosen in rows_by_value.items():
+            axes.scatter(measured_ms[chosen], predicted_ms[chosen], s=10, alpha=0.6, label=f"{knob} {value}")
         known = measured_ms[~measured_ms.isnan()]
         ends = [known.min().item(), known.max().item()]
         factor = conformal_quantile(measured_ms / predicted_ms, COVERED_QUANTILE)
@@ -276,9 +187,7 @@ def plot_fit(held_out: "HeldOut", folder: str | Path) -> list[Path]:
             ends, [end / factor for end in ends], color="black", linewidth=1, linestyle=":", label="95th percentile"
         )
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)", xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+        _label_logarithmic(axes.xaxis, axes.yaxis)
         found = errors(measured_ms, predicted_ms)
         axes.set_title(f"{PARTS[part]}: MAPE {_share(found['mape'])}, {found['num']} held out")
         axes.legend()
@@ -287,15 +196,50 @@ def plot_fit(held_out: "HeldOut", folder: str | Path) -> list[Path]:
 
     by_knob = report_errors(held_out)["by_knob"]
     figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (knob, values) in zip(figure.subplots(1, len(by_knob), sharey=True), by_knob.items(), strict=True):
+    all_axes = figure.subplots(1, len(by_knob), sharey=True, squeeze=False)[0]
+    for axes, (knob, values) in zip(all_axes, by_knob.items(), strict=True):
         for shift, part in ((-0.2, "prefill"), (0.2, "decode")):
             positions = [position + shift for position in range(len(values))]
             heights = [100 * (found[part]["mape"] or 0.0) for found in values.values()]
             axes.bar(positions, heights, width=0.38, label=PARTS[part])
         axes.set_xticks(range(len(values)), list(values))
         axes.set_xlabel(knob)
-    figure.axes[0].set_ylabel("MAPE on held-out measurements (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    all_axes[0].set_ylabel("MAPE on held-out measurements (%)")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     pictures.append(folder / "error_by_knob.png")
     figure.savefig(pictures[1], dpi=110)
     return pictures
+
+
+def plot_recalibration(report: dict[str, Any], folder: str | Path) -> Path:
+    """
+    Draws the error of recalibration against the number of measurements (`recalibration.png`).
+
+    Args:
+        report (`dict[str, Any]`):
+            What [`~latency.recalibration.recalibration_errors`] returns.
+        folder (`str` or `Path`):
+            Folder for the picture; it is made if needed.
+
+    Returns:
+        `Path`: the picture.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (part, label) in enumerate(PARTS.items()):
+        sizes = [size for size, parts in report["by_size"].items() if parts[part]["mape"] is not None]
+        means = [100 * report["by_size"][size][part]["mape"] for size in sizes]
+        largest = [100 * report["by_size"][size][part]["largest_mape"] for size in sizes]
+        numbers = [int(size) for size in sizes]
+        axes.plot(numbers, means, color=f"C{index}", marker="o", label=label)
+        axes.fill_between(numbers, means, largest, color=f"C{index}", alpha=0.15)
+        without = report["without"][part]["mape"]
+        if without is not None:
+            axes.axhline(100 * without, color=f"C{index}", linestyle=":", label=f"{label}, without: {_share(without)}")
+    axes.set(xlabel="measurements to recalibrate with", ylabel="MAPE on other settings and inputs (%)", yscale="log")
+    _label_logarithmic(axes.yaxis)
+    axes.legend(fontsize=8)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "recalibration.png", dpi=110)
+    return folder / "recalibration.png"

@@ -5,35 +5,24 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from ..knobs import TIERS
+from ..executor import DECODE
 from .configuration_latency_estimator import LatencyEstimatorConfig
-from .fit_report import conformal_quantile, report_errors
-from .modeling_latency_estimator import (
-    LatencyEstimatorModel,
-    decode_features,
-    decode_inputs,
-    learned_factor,
-    llm_prefill_features,
-    llm_prefill_inputs,
-    mean_context,
-    pad_lengths,
-    vision_features,
-)
+from .held_out import HeldOut, conformal_quantile, report_errors
+from .modeling_latency_estimator import LatencyEstimatorModel, learned_factor
 from .profile_table import (
-    COUNT_COLUMNS,
-    MACHINE_COLUMNS,
-    STAGE_COLUMNS,
+    PROVENANCE_COLUMNS,
     UNKNOWN,
+    ProfileSchema,
     check_one_machine,
     check_profile,
     profile_settings,
+    time_column,
 )
 
 
@@ -52,59 +41,11 @@ _STEP_DEVIATION = 0.5
 _LOG_WEIGHT_DEVIATION = 1.0
 _SMALL_STEP = 0.02
 _SMALL_WEIGHT = 0.05
+_SMALL_INPUT = 1e-3
 _LBFGS_ITERATIONS = 100
+_NNLS_ITERATIONS = 1000
+_TINY = torch.finfo(torch.float64).tiny
 _LBFGS_ROUNDS = 2
-
-
-def nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """
-    Minimises `||matrix @ x - target||` over x >= 0, exactly: the minimum is the plain least squares solution on the
-    columns where it is positive, and with a handful of columns every subset of them can be tried. Of columns that
-    explain the same, the first are used.
-
-    Args:
-        matrix (`torch.Tensor` of shape (n, k)):
-            One row an observation; k is small, as 2^k subsets are tried.
-        target (`torch.Tensor` of shape (n,)):
-            What the columns are to add up to.
-
-    Returns:
-        `torch.Tensor` of shape (k,): float64.
-    """
-    matrix, target = matrix.double(), target.double()
-    scale = matrix.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    # The triangular factor stands for all rows, however many were measured.
-    triangular = torch.linalg.qr(torch.cat([matrix / scale, target[:, None]], dim=1), mode="r").R
-    columns, reduced_target = triangular[:, :-1], triangular[:, -1]
-    subsets = _column_subsets(matrix.shape[1])  # (subsets, k), 1 where a column is in
-    # The normal equations of each subset, those of the columns that are out being x = 0. The small diagonal lets columns
-    # depend on each other, as when only one value of a knob was measured; the second step takes out what it adds.
-    gram = columns.T @ columns
-    diagonal = torch.where(subsets > 0, 1e-14 * gram.diagonal().max(), 1.0)
-    systems = gram * subsets[:, :, None] * subsets[:, None, :] + torch.diag_embed(diagonal)
-    solutions = torch.zeros_like(subsets)
-    for _ in range(2):
-        residuals = reduced_target[:, None] - columns @ solutions.T  # (rows, subsets)
-        solutions = solutions + torch.linalg.solve(systems, (subsets * (columns.T @ residuals).T)[..., None])[..., 0]
-    errors = (columns @ solutions.T - reduced_target[:, None]).square().sum(0)
-    errors[(solutions < 0).any(1)] = math.inf
-    error_of_zero = reduced_target.square().sum()
-    tolerance = 1e-12 * error_of_zero
-    best = errors.min()
-    if not best < error_of_zero - tolerance:
-        return torch.zeros_like(scale)
-    return solutions[(errors <= best + tolerance).nonzero()[0, 0]] / scale
-
-
-@lru_cache
-def _column_subsets(num_columns: int) -> torch.Tensor:
-    """All subsets of columns but the empty one, as rows of ones and zeros, the smallest subsets first."""
-    subsets = [
-        [float(column in chosen) for column in range(num_columns)]
-        for size in range(1, num_columns + 1)
-        for chosen in itertools.combinations(range(num_columns), size)
-    ]
-    return torch.tensor(subsets, dtype=torch.float64)
 
 
 def fit_coefficients(
@@ -131,16 +72,20 @@ def fit_coefficients(
     Returns:
         `torch.Tensor` of shape (k,): milliseconds per unit of each feature, float64.
     """
+    from scipy.optimize import nnls  # imported here: what only predicts need not wait for it
+
     measured_ms = measured_ms.double()
     relative_features = features.double() / measured_ms[:, None]
     weights = torch.ones_like(measured_ms)
     prior_matrix, prior_target = prior or (features.new_zeros(0, features.shape[1]), features.new_zeros(0))
     for _ in range(reweightings):
         root = weights.sqrt()
-        coefficients = nonnegative_least_squares(
-            torch.cat([root[:, None] * relative_features, prior_matrix.double()]),
-            torch.cat([root, prior_target.double()]),
-        )
+        matrix = torch.cat([root[:, None] * relative_features, prior_matrix.double()])
+        target = torch.cat([root, prior_target.double()])
+        # To one scale: features differ by many orders of magnitude.
+        scale = matrix.amax(0).clamp(min=_TINY)
+        solution, _ = nnls((matrix / scale).numpy(), target.numpy(), maxiter=_NNLS_ITERATIONS)
+        coefficients = torch.from_numpy(solution) / scale
         residuals = (relative_features @ coefficients - 1).abs()
         threshold = _HUBER_THRESHOLD * _MAD_TO_STANDARD_DEVIATION * residuals.median()
         weights = torch.where(residuals > threshold, threshold / residuals, 1.0)
@@ -156,7 +101,7 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
         features (`torch.Tensor` of shape (n, k)):
             Physical features of each measurement.
         inputs (`torch.Tensor` of shape (n, j)):
-            What the factor sees, positive.
+            What the factor sees, not negative.
         measured_ms (`torch.Tensor` of shape (n,)):
             Measured times, positive.
         num_units (`int`):
@@ -168,7 +113,7 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
     """
     features, inputs, log_ms = features.double(), inputs.double(), measured_ms.double().log()
     num_rows, num_inputs = inputs.shape
-    scale = inputs.amax(0)
+    scale = inputs.amax(0).clamp(min=_TINY)
     scaled = inputs / scale
     physical = fit_coefficients(features, measured_ms)
     # No coefficient starts at zero, where it would stay.
@@ -177,7 +122,7 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
     for unit in range(num_units):
         watched = unit % num_inputs
         quantile = (unit // num_inputs + 0.5) / math.ceil(num_units / num_inputs)
-        weights[unit, watched] = 1 / scaled[:, watched].quantile(quantile)
+        weights[unit, watched] = 1 / scaled[:, watched].quantile(quantile).clamp(min=_SMALL_INPUT)
     first_log_weights = weights.log()
     log_steps = torch.full((num_units,), math.log(_SMALL_STEP), dtype=torch.float64)
     parameters = [torch.maximum(physical, smallest).log(), first_log_weights.clone(), log_steps]
@@ -233,7 +178,7 @@ def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list
 
     Args:
         profile ([`~datasets.Dataset`]):
-            Measurements, see [`~latency.profile_executor`].
+            Measurements, see [`~latency.profiling.profile_executor`].
         num_folds (`int`, *optional*, defaults to 4):
             Parts that settings and inputs are each divided in; fewer if there are fewer settings or inputs.
         seed (`int`, *optional*, defaults to 42):
@@ -299,7 +244,8 @@ class StageData:
 
 def profile_columns(profile: Dataset) -> dict[str, torch.Tensor]:
     """The numbers of a profile that fitting looks at, float64; NaN where the decode time is null."""
-    names = ("top_k", "num_blocks", "output_tokens", *COUNT_COLUMNS, *STAGE_COLUMNS)
+    schema = ProfileSchema.of(profile)
+    names = (*schema.cost_model.knob_names, *schema.cost_model.count_names, "output_tokens", *schema.predicted_columns)
     return {
         name: torch.tensor([math.nan if value is None else value for value in profile[name]], dtype=torch.float64)
         for name in names
@@ -310,7 +256,7 @@ def stage_data(
     columns: dict[str, torch.Tensor], rows: list[int], model: LatencyEstimatorModel
 ) -> dict[str, StageData]:
     """
-    What each stage (`"vision"`, `"llm_prefill"`, `"decode"`) of an estimator of version 2 is fitted to.
+    What each stage of an estimator is fitted to.
 
     Args:
         columns (`dict[str, torch.Tensor]`):
@@ -318,30 +264,19 @@ def stage_data(
         rows (`list[int]`):
             Measurements to take. Those without a decode step are left out of that stage.
         model ([`LatencyEstimatorModel`]):
-            The estimator: it knows the executor's experts and how prompts are padded.
+            The estimator, which has the executor's cost model.
     """
-    columns = {name: values[rows] for name, values in columns.items()}
-    num_tokens = columns["vision_tokens"] + columns["text_tokens"]
-    knobs = columns["top_k"], columns["num_blocks"]
-    padded_tokens = pad_lengths(num_tokens, model.config.prefill_lengths)
-    context = mean_context(num_tokens, columns["output_tokens"])
-    views = columns["num_views"]
-    decoded = ~columns["decode_ms_per_token"].isnan()
-    return {
-        "vision": StageData(
-            torch.stack(vision_features(views), dim=-1), torch.stack([views], dim=-1), columns["vision_ms"]
-        ),
-        "llm_prefill": StageData(
-            torch.stack(llm_prefill_features(padded_tokens, *knobs, model.num_experts), dim=-1),
-            torch.stack(llm_prefill_inputs(padded_tokens, *knobs), dim=-1),
-            columns["llm_prefill_ms"],
-        ),
-        "decode": StageData(
-            torch.stack(decode_features(context, *knobs), dim=-1)[decoded],
-            torch.stack(decode_inputs(context, *knobs), dim=-1)[decoded],
-            columns["decode_ms_per_token"][decoded],
-        ),
-    }
+    data = {}
+    for stage in model.cost_model.stages:
+        measured_ms = columns[time_column(stage)][rows]
+        known = ~measured_ms.isnan()
+        terms = model.cost_model.terms(stage, {name: values[rows][known] for name, values in columns.items()})
+        features, inputs = (
+            torch.stack(torch.broadcast_tensors(*values, measured_ms[known])[:-1], dim=-1)
+            for values in (terms.features, terms.inputs)
+        )
+        data[stage] = StageData(features, inputs, measured_ms[known])
+    return data
 
 
 def _fit_model(
@@ -361,52 +296,28 @@ def _fit_model(
     return model
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """
-    Measurements that were predicted by an estimator which had seen neither their setting nor their input.
-
-    Args:
-        rows (`list[int]`):
-            Rows of the profile.
-        folds (`list[int]`):
-            Fold of each of them.
-        measured_ms, predicted_ms (`dict[str, torch.Tensor]`):
-            `"prefill"`, `"decode"` (per token) and `"total"` of each row, float64. NaN where nothing was decoded.
-        physical_ms (`dict[str, torch.Tensor]` or `None`):
-            What the physical terms alone predict, if that was asked.
-        profile ([`~datasets.Dataset`]):
-            The profile.
-    """
-
-    rows: list[int]
-    folds: list[int]
-    measured_ms: dict[str, torch.Tensor]
-    predicted_ms: dict[str, torch.Tensor]
-    physical_ms: dict[str, torch.Tensor] | None
-    profile: Dataset
-
-
-def measured_parts(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`"prefill"`, `"decode"` (per token) and `"total"` of each measurement, in ms."""
-    prefill_ms = columns["vision_ms"] + columns["llm_prefill_ms"]
-    decode_ms = columns["decode_ms_per_token"]
-    total_ms = prefill_ms + decode_ms.nan_to_num() * (columns["output_tokens"] - 1)
-    return {"prefill": prefill_ms, "decode": decode_ms, "total": total_ms}
+def measured_parts(columns: dict[str, torch.Tensor], model: LatencyEstimatorModel) -> dict[str, torch.Tensor]:
+    """`"prefill"`, `"decode"` (per token) and `"total"` of each measurement, in ms, over the stages of an estimator."""
+    *stages, decode = model.cost_model.stages
+    return _parts(sum(columns[time_column(stage)] for stage in stages), columns[time_column(decode)], columns)
 
 
 def predicted_parts(
     model: LatencyEstimatorModel, columns: dict[str, torch.Tensor], rows: list[int]
 ) -> dict[str, torch.Tensor]:
     """What an estimator says of the times that [`~latency.fitting.measured_parts`] gives."""
-    names = (*COUNT_COLUMNS, "top_k", "num_blocks", "output_tokens")
-    estimate = model(**{name: columns[name][rows] for name in names})
-    prefill_ms, decode_ms = estimate.prefill_ms.double(), estimate.decode_ms_per_token.double()
-    return {
-        "prefill": prefill_ms,
-        "decode": decode_ms,
-        "total": prefill_ms + decode_ms * (columns["output_tokens"][rows] - 1),
-    }
+    cost_model = model.cost_model
+    names = (*cost_model.knob_names, *cost_model.count_names, "output_tokens")
+    columns = {name: columns[name][rows] for name in names}
+    estimate = model(**columns)
+    return _parts(estimate.prefill_ms.double(), estimate.decode_ms_per_token.double(), columns)
+
+
+def _parts(
+    prefill_ms: torch.Tensor, decode_ms: torch.Tensor, columns: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    total_ms = prefill_ms + decode_ms.nan_to_num() * (columns["output_tokens"] - 1)
+    return {"prefill": prefill_ms, "decode": decode_ms, "total": total_ms}
 
 
 def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_units: int = 16) -> HeldOut:
@@ -415,7 +326,7 @@ def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_uni
 
     Args:
         profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine, see [`~latency.profile_executor`].
+            Measurements of one executor on one machine, see [`~latency.profiling.profile_executor`].
         num_folds (`int`, *optional*, defaults to 4):
             Parts of settings and of inputs, see [`~latency.fitting.held_out_folds`].
         seed (`int`, *optional*, defaults to 42):
@@ -424,7 +335,7 @@ def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_uni
             Units of the learned factors.
 
     Raises:
-        ValueError: As [`~latency.fit_latency_estimator`].
+        ValueError: As [`~latency.fitting.fit_latency_estimator`].
     """
     config = estimator_config(profile, num_units)
     columns = profile_columns(profile)
@@ -450,11 +361,12 @@ def predict_held_out(
     """
     columns = profile_columns(profile)
     tested = [row for _, test in folds for row in test]
-    predicted = [predicted_parts(fit(train), columns, test) for train, test in folds]
+    models = [fit(train) for train, _ in folds]
+    predicted = [predicted_parts(model, columns, test) for model, (_, test) in zip(models, folds, strict=True)]
     return HeldOut(
         rows=tested,
         folds=[number for number, (_, test) in enumerate(folds) for _ in test],
-        measured_ms={part: values[tested] for part, values in measured_parts(columns).items()},
+        measured_ms={part: values[tested] for part, values in measured_parts(columns, models[0]).items()},
         predicted_ms={part: torch.cat([values[part] for values in predicted]) for part in predicted[0]},
         physical_ms=None,
         profile=profile,
@@ -477,26 +389,25 @@ def estimator_config(profile: Dataset, num_units: int) -> LatencyEstimatorConfig
     Configuration of an estimator that is fitted to a profile: what was measured on what.
 
     Raises:
-        ValueError: If the profile is none, mixes executors or machines, or has no decode step.
+        ValueError: If the table is not a profile, mixes executors or machines, or has no decode step.
     """
-    check_profile(profile)
+    schema = check_profile(profile)
     check_one_machine(profile)
-    if set(profile["decode_ms_per_token"]) == {None}:
+    if set(profile[time_column(DECODE)]) == {None}:
         raise ValueError("the profile has no measurement with a decode step: decode at least one token in each.")
-    machine = {name: profile[name][0] for name in MACHINE_COLUMNS}
-    shape = machine.pop("executor_shape")
+    machine = profile[0]
+    measured = {name: set(profile[name]) for name in schema.knob_space.names}
     return LatencyEstimatorConfig(
-        formula_version=2,
+        executor_type=machine["executor_type"],
+        executor_shape=None if machine["executor_shape"] == UNKNOWN else json.loads(machine["executor_shape"]),
+        prefill_lengths=machine["prefill_lengths"],
         num_units=num_units,
-        prefill_lengths=profile["prefill_lengths"][0],
         fitted_knobs={
-            "tier": [tier for tier in TIERS if tier in set(profile["tier"])],
-            "top_k": sorted(set(profile["top_k"])),
-            "num_blocks": sorted(set(profile["num_blocks"])),
+            name: [value for value in values if value in measured[name]]
+            for name, values in schema.knob_space.values.items()
         },
-        fitted_counts={name: [min(profile[name]), max(profile[name])] for name in COUNT_COLUMNS},
-        executor_shape=None if shape == UNKNOWN else json.loads(shape),
-        **machine,
+        fitted_counts={name: [min(profile[name]), max(profile[name])] for name in schema.cost_model.count_names},
+        **{name: machine[name] for name in PROVENANCE_COLUMNS},
     )
 
 
@@ -510,19 +421,19 @@ def fit_latency_estimator(
 
     Args:
         profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine, see [`~latency.profile_executor`].
+            Measurements of one executor on one machine, see [`~latency.profiling.profile_executor`].
         num_folds (`int`, *optional*, defaults to 4):
             Parts of settings and of inputs in the cross-validation.
         seed (`int`, *optional*, defaults to 42):
             Seed of the division into folds.
         num_units (`int`, *optional*, defaults to 16):
             Units of the learned factor of each stage.
-        held_out ([`~latency.fitting.HeldOut`], *optional*):
-            Result of [`~latency.cross_validate`] with the same arguments, if it is there already.
+        held_out ([`~latency.held_out.HeldOut`], *optional*):
+            Result of [`~latency.fitting.cross_validate`] with the same arguments, if it is there already.
 
     Returns:
         `tuple[LatencyEstimatorModel, dict[str, Any]]`: the estimator, and its held-out error, which is also kept in
-        `config.held_out`, see [`~latency.fit_report.report_errors`].
+        `config.held_out`, see [`~latency.held_out.report_errors`].
 
     Raises:
         ValueError: If the profile lacks columns, is empty, mixes executors or machines, holds times that are not

@@ -4,24 +4,21 @@ from collections.abc import Sequence
 
 import torch
 
-from ..executor import ExecutorRequest
-from ..molmo.executor import MolmoExecutor
-from ..molmo.image_processing_molmo import oriented_size
-from .modeling_latency_estimator import LatencyEstimatorModel
-from .modeling_original_estimator import OriginalLatencyEstimatorModel
+from ..executor import Executor, ExecutorRequest
+from .latency_estimator import LatencyEstimator
 
 
 class Guardrail:
     """
     Says which settings fit a request's budget before anything was run: those whose latency is predicted to stay below it
-    in all but few cases. What the image will cost at each tier follows from its size, and time is kept for an answer of
+    in all but few cases. What the image will cost at each setting follows from its size, and time is kept for an answer of
     the executor's `max_new_tokens`: give the executor as many as answers need.
 
     Args:
-        latency_estimator ([`LatencyEstimatorModel`]):
+        latency_estimator ([`LatencyEstimator`]):
             Predicts upper quantiles.
-        executor ([`MolmoExecutor`]):
-            Answers the requests: its knob space, its processor and its `max_new_tokens` are read.
+        executor ([`Executor`]):
+            Answers the requests: it counts their inputs, and its knob space and its `max_new_tokens` are read.
         quantile (`float`, *optional*, defaults to 0.95):
             Share of requests whose latency is to stay below what is predicted: 0.9, 0.95 or 0.99.
 
@@ -33,31 +30,18 @@ class Guardrail:
     ```python
     >>> guardrail = Guardrail(latency_estimator, executor)
     >>> fits, fits_budget = settings_that_fit(guardrail.predict_latency_ms([request]), latency_budget_ms=60)
-    >>> tier_index = request_controller.choose_tier(question_features, 60, fits[0])
+    >>> request_controller.choose_stage1(question_features, latency_budget_ms=60, fits=fits)
     ```
     """
 
-    def __init__(
-        self,
-        latency_estimator: LatencyEstimatorModel | OriginalLatencyEstimatorModel,
-        executor: MolmoExecutor,
-        quantile: float = 0.95,
-    ):
-        if isinstance(latency_estimator, OriginalLatencyEstimatorModel):
-            raise ValueError(
-                "the guardrail needs upper quantiles, which the original latency estimators do not predict: give an "
-                "estimator that `joint-controller fit-latency` fitted."
-            )
+    def __init__(self, latency_estimator: LatencyEstimator, executor: Executor, quantile: float = 0.95):
         self.latency_estimator = latency_estimator
         self.executor = executor
+        self.quantile = quantile
         # What cannot be predicted is refused now rather than at the first request.
-        settings = list(executor.knob_space)
-        latency_estimator.predict_latency_ms(settings, *[torch.ones(len(settings))] * 4, quantile)
-        self._quantile_factor = latency_estimator.quantile_factor(quantile)
-        self._knobs = {
-            "top_k": torch.tensor(executor.knob_space.top_k)[:, None],
-            "num_blocks": torch.tensor(executor.knob_space.num_blocks),
-        }
+        settings = executor.knob_space.settings
+        ones = dict.fromkeys(executor.count_names, torch.ones(len(settings)))
+        latency_estimator.predict_latency_ms(settings, ones, torch.tensor(executor.max_new_tokens), quantile)
 
     @torch.inference_mode()
     def predict_latency_ms(self, requests: Sequence[ExecutorRequest]) -> torch.Tensor:
@@ -66,33 +50,20 @@ class Guardrail:
 
         Args:
             requests (`Sequence[ExecutorRequest]`):
-                Requests. Their settings are not looked at, nor their pixels.
+                n requests. Their settings are not looked at, nor their pixels.
 
         Returns:
-            `torch.Tensor` of shape `(n, tiers, top_k values, num_blocks values)`: ms, on the CPU.
+            `torch.Tensor` of shape `(n, settings)`: ms, in the order of the knob space, on the CPU.
         """
-        space, processor = self.executor.knob_space, self.executor.processor
-        num_views, vision_tokens, text_tokens = [], [], []
-        for request in requests:
-            width, height = oriented_size(request.load_image())
-            tilings = [
-                processor.image_processor.choose_tiling(height, width, tier=tier, tier_crops=space.tier_crops)
-                for tier in space.tier_crops
-            ]
-            num_views.append([1 + rows * columns for rows, columns in tilings])
-            vision_tokens.append([processor.image_processor.count_image_tokens(tiling) for tiling in tilings])
-            prompt = processor.format_prompt(request.question, request.style)
-            text_tokens.append(1 + len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]))
-        # Not all settings one by one: what depends on the tier alone is worked out once a tier.
-        estimate = self.latency_estimator(
-            torch.tensor(num_views)[:, :, None, None],
-            torch.tensor(vision_tokens)[:, :, None, None],
-            torch.tensor(text_tokens)[:, None, None, None],
-            **self._knobs,
-            output_tokens=torch.tensor(self.executor.max_new_tokens),
+        settings, names = self.executor.knob_space.settings, self.executor.count_names
+        counted = [self.executor.count_inputs(request, settings) for request in requests]
+        # One tensor for all counts: for a single request, what it costs to make each would be felt.
+        counts = torch.tensor([[counts[name] for counts in counted] for name in names])
+        output_tokens = torch.tensor(self.executor.max_new_tokens)
+        latency_ms = self.latency_estimator.predict_latency_ms(
+            settings, dict(zip(names, counts, strict=True)), output_tokens, self.quantile
         )
-        latency_ms = estimate.prefill_ms + estimate.decode_ms_per_token * (self.executor.max_new_tokens - 1)
-        return latency_ms * self._quantile_factor
+        return latency_ms.cpu()
 
 
 def settings_that_fit(latency_ms: torch.Tensor, latency_budget_ms: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +71,7 @@ def settings_that_fit(latency_ms: torch.Tensor, latency_budget_ms: float) -> tup
     The settings that a controller may choose from under a budget.
 
     Args:
-        latency_ms (`torch.Tensor` of shape `(n, tiers, top_k values, num_blocks values)`):
+        latency_ms (`torch.Tensor` of shape `(n, settings)`):
             What [`Guardrail.predict_latency_ms`] gives.
         latency_budget_ms (`float`):
             Budget of each request, in ms.
@@ -110,6 +81,6 @@ def settings_that_fit(latency_ms: torch.Tensor, latency_budget_ms: float) -> tup
         the cheapest one alone; and of shape `(n,)`, whether any fits.
     """
     fits = latency_ms <= latency_budget_ms
-    fits_budget = fits.flatten(1).any(dim=1)
-    fits[:, 0, 0, 0] |= ~fits_budget
+    fits_budget = fits.any(dim=1)
+    fits[:, 0] |= ~fits_budget
     return fits, fits_budget

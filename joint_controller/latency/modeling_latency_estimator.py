@@ -1,40 +1,26 @@
-"""The latency estimator: milliseconds of one request from the knob setting and the token counts."""
+"""The latency estimator: milliseconds of one request from the knob setting and the sizes of its inputs."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput, logging
 
+from ..executor import DECODE, Executor, executor_family
 from ..knobs import KnobSetting
-from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
+from .configuration_latency_estimator import LatencyEstimatorConfig
+
+
+if TYPE_CHECKING:
+    from ..outcomes import Outcome
 
 
 logger = logging.get_logger(__name__)
-
-# What the time of each stage is a sum of. Every feature is non-negative and non-decreasing in every knob and count, and
-# every coefficient is non-negative: so is the estimate, by construction.
-VISION_FEATURES = ("constant", "views")
-LLM_PREFILL_FEATURES = {
-    1: ("constant", "blocks", "tokens x blocks", "tokens x blocks x top_k", "tokens^2 x blocks"),
-    2: (
-        "constant",
-        "blocks",
-        "blocks x share of experts touched",
-        "tokens x blocks",
-        "tokens x blocks x top_k",
-        "tokens^2 x blocks",
-    ),
-}
-"""By version of the formula."""
-DECODE_FEATURES = ("constant", "blocks", "blocks x top_k", "tokens x blocks")
-
-VISION_INPUTS = ("views",)
-LLM_PREFILL_INPUTS = ("tokens", "top_k", "blocks", "tokens x top_k")
-DECODE_INPUTS = ("tokens", "top_k", "blocks", "blocks x top_k")
-"""What the learned factor of each stage sees."""
 
 _CACHED_VALUES = 2**14
 """Values of a temporary tensor that stays in a core's cache."""
@@ -47,94 +33,22 @@ class LatencyEstimatorOutput(ModelOutput):
 
     Args:
         prefill_ms (`torch.FloatTensor`):
-            From pixels to the first output token: `vision_ms + llm_prefill_ms`. Image processing is not in it.
+            All that is predicted up to the first output token: the sum of `stage_ms`.
         decode_ms_per_token (`torch.FloatTensor`):
             Each output token after the first, the mean over the answer.
-        vision_ms (`torch.FloatTensor`):
-            Vision tower and connector.
-        llm_prefill_ms (`torch.FloatTensor`):
-            Language model over the whole sequence, first output token included.
+        stage_ms (`dict[str, torch.FloatTensor]`):
+            Each predicted stage up to the first output token, in order.
     """
 
     prefill_ms: torch.FloatTensor | None = None
     decode_ms_per_token: torch.FloatTensor | None = None
-    vision_ms: torch.FloatTensor | None = None
-    llm_prefill_ms: torch.FloatTensor | None = None
-
-
-def vision_features(num_views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Values of `VISION_FEATURES`: every view costs the same."""
-    return torch.ones_like(num_views), num_views
-
-
-def llm_prefill_features(
-    num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor, num_experts: int | None = None
-) -> tuple[torch.Tensor, ...]:
-    """
-    Values of `LLM_PREFILL_FEATURES`: weights are read once a block, those of an expert if a token is sent to it,
-    projections and router work once a token, experts `top_k` times a token, attention once a pair of tokens. Without
-    `num_experts`, those of version 1.
-    """
-    tokens_blocks = num_tokens * num_blocks
-    weights = (num_blocks,)
-    if num_experts is not None:
-        weights += (num_blocks * share_of_experts_touched(num_tokens, top_k, num_experts),)
-    return torch.ones_like(num_tokens), *weights, tokens_blocks, tokens_blocks * top_k, num_tokens * tokens_blocks
-
-
-def share_of_experts_touched(num_tokens: torch.Tensor, top_k: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """
-    Share of a block's experts that at least one token is sent to, if every token is sent to `top_k` of them at random:
-    1 - (1 - top_k / num_experts)^num_tokens. The weights of these are read, however few tokens they get.
-    """
-    # In float64, whose rounding is lost in the precision of the result: a longer prompt must not touch less.
-    missed = torch.log1p(-(top_k.double() / num_experts).clamp(max=1))
-    return -torch.expm1(num_tokens.double() * missed).to(num_tokens.dtype)
-
-
-def llm_prefill_inputs(
-    num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Values of `LLM_PREFILL_INPUTS`."""
-    return num_tokens, top_k, num_blocks, num_tokens * top_k
-
-
-def decode_inputs(num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Values of `DECODE_INPUTS`."""
-    return num_tokens, top_k, num_blocks, num_blocks * top_k
-
-
-def decode_features(
-    num_tokens: torch.Tensor, top_k: torch.Tensor, num_blocks: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """
-    Values of `DECODE_FEATURES`: attention weights are read once a block, those of `top_k` experts too, and the cache of
-    all tokens before.
-    """
-    return torch.ones_like(num_tokens), num_blocks, num_blocks * top_k, num_tokens * num_blocks
+    stage_ms: dict[str, torch.FloatTensor] | None = None
 
 
 def _weighted_sum(coefficients: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
     # Term by term rather than as a matrix product, whose order of additions may differ between rows: rounding must not
     # make a larger setting cheaper.
-    return sum(coefficient * feature for coefficient, feature in zip(coefficients, features, strict=True))
-
-
-def pad_lengths(num_tokens: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
-    """Each number of tokens rounded up to the next of `lengths` (ascending); as it is without any, or beyond the last."""
-    if lengths is None:
-        return num_tokens
-    steps = torch.tensor(lengths, dtype=num_tokens.dtype, device=num_tokens.device)
-    position = torch.searchsorted(steps, num_tokens.contiguous())
-    return torch.where(position < len(lengths), steps[position.clamp(max=len(lengths) - 1)], num_tokens)
-
-
-def mean_context(num_tokens: torch.Tensor, output_tokens: torch.Tensor) -> torch.Tensor:
-    """
-    Tokens that a decode step sees on average over an answer: the first step sees the prompt and one token, the last,
-    number `output_tokens - 1`, that many.
-    """
-    return num_tokens + output_tokens / 2
+    return reduce(operator.add, map(operator.mul, coefficients, features))
 
 
 def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -148,29 +62,39 @@ def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch
         inputs (`Sequence[torch.Tensor]`):
             One tensor an input, not negative; their shapes broadcast.
     """
+    inputs = torch.broadcast_tensors(*inputs)
     # Several units at once, along a new first dimension, since a single request costs what launching the operations costs;
     # only as many as a core's cache holds, since many requests cost what memory does.
-    together = max(1, _CACHED_VALUES // inputs[0].numel())
+    together = max(1, _CACHED_VALUES // max(1, inputs[0].numel()))
     total = torch.ones_like(inputs[0])
     for group in units.view(*units.shape, *[1] * inputs[0].dim()).split(together):
-        z = _weighted_sum(group[:, :-1].unbind(1), inputs)
+        *weights, steps = group.unbind(1)
+        z = _weighted_sum(weights, inputs)
         for _ in range(3):
             z = z * z
         # Written so that each operation is monotone after rounding, too; a plain sum may add up in another order elsewhere.
-        total = total + (group[:, -1] * (1 - 1 / (1 + z))).cumsum(0)[-1]
+        total = total + (steps * (1 - (1 + z).reciprocal())).cumsum(0)[-1]
     return total
 
 
 class LatencyEstimatorModel(PreTrainedModel):
     """
-    Predicts what a request costs the executor at batch 1. Each stage is a sum of physical terms (weights read, work per
-    token, work per expert, attention) with non-negative coefficients, times a learned factor
-    ([`~latency.modeling_latency_estimator.learned_factor`]) for what these do not explain, fitted to measurements by
-    [`~latency.fit_latency_estimator`]. Estimates are positive and non-decreasing in every knob and in every count.
+    Predicts what a request costs an executor at batch 1: a [`LatencyEstimator`]. Each stage is a sum of the physical terms
+    that the executor's [`~executor.CostModel`] names (weights read, work per token, attention, …) with non-negative
+    coefficients, times a learned factor ([`~latency.modeling_latency_estimator.learned_factor`]) for what these do not
+    explain, fitted to measurements by [`~latency.fitting.fit_latency_estimator`]. Estimates are positive and non-decreasing
+    in every knob and in every count.
 
     Args:
         config ([`LatencyEstimatorConfig`]):
-            The formula, and what the coefficients were fitted on.
+            Whose costs these are, and what the coefficients were fitted on.
+
+    Attributes:
+        cost_model ([`~executor.CostModel`]):
+            That of the executor.
+
+    Raises:
+        ValueError: If the configuration does not say which family of executors it is about, or there is no such family.
     """
 
     config_class = LatencyEstimatorConfig
@@ -178,18 +102,28 @@ class LatencyEstimatorModel(PreTrainedModel):
 
     def __init__(self, config: LatencyEstimatorConfig):
         super().__init__(config)
+        if config.executor_type is None:
+            raise ValueError(
+                f"the latency estimator '{config.name_or_path}' has no `executor_type`, as those of earlier versions: make it "
+                "anew with `joint-controller profile` and `joint-controller fit-latency`."
+            )
+        if config.fitted_knobs is None:
+            raise ValueError(
+                f"the latency estimator '{config.name_or_path}' has no `fitted_knobs`: it was not fitted, or its folder is "
+                "incomplete. Fit one with `joint-controller fit-latency`."
+            )
+        self.cost_model = executor_family(config.executor_type).cost_model(
+            config.executor_shape, config.prefill_lengths, list(config.fitted_knobs)
+        )
+        self._is_fitted = False
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape), requires_grad=False)
 
-        # Milliseconds per unit of each feature; zeros until they are fitted or loaded.
-        self.vision_coefficients = zeros(len(VISION_FEATURES))
-        self.llm_prefill_coefficients = zeros(len(LLM_PREFILL_FEATURES[config.formula_version]))
-        self.decode_coefficients = zeros(len(DECODE_FEATURES))
-        if config.formula_version == 2:
-            self.vision_units = zeros(config.num_units, len(VISION_INPUTS) + 1)
-            self.llm_prefill_units = zeros(config.num_units, len(LLM_PREFILL_INPUTS) + 1)
-            self.decode_units = zeros(config.num_units, len(DECODE_INPUTS) + 1)
+        for stage, cost in self.cost_model.stages.items():
+            # Milliseconds per unit of each feature; zeros until they are fitted or loaded.
+            self.register_parameter(f"{stage}_coefficients", zeros(len(cost.features)))
+            self.register_parameter(f"{stage}_units", zeros(config.num_units, len(cost.inputs) + 1))
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -199,191 +133,97 @@ class LatencyEstimatorModel(PreTrainedModel):
                 initialization.zeros_(coefficients)
 
     @torch.no_grad()
-    def forward(
-        self,
-        num_views: torch.Tensor,
-        vision_tokens: torch.Tensor,
-        text_tokens: torch.Tensor,
-        top_k: torch.Tensor,
-        num_blocks: torch.Tensor,
-        output_tokens: torch.Tensor | None = None,
-    ) -> LatencyEstimatorOutput:
+    def forward(self, output_tokens: torch.Tensor | None = None, **columns: torch.Tensor) -> LatencyEstimatorOutput:
         """
         Estimates for any combination of settings and inputs. All arguments are integer or floating tensors whose shapes
         broadcast: (n,) each for n requests, or e.g. (settings, 1) knobs with (n,) counts for every setting of n
         requests.
 
         Args:
-            num_views (`torch.Tensor`):
-                Views the image is encoded in, the global one included.
-            vision_tokens (`torch.Tensor`):
-                Image tokens in the sequence, start, column and end tokens included.
-            text_tokens (`torch.Tensor`):
-                All other tokens of the sequence before the answer.
-            top_k (`torch.Tensor`):
-                Experts per token.
-            num_blocks (`torch.Tensor`):
-                Blocks that run.
             output_tokens (`torch.Tensor`, *optional*):
                 Tokens of the answer: `decode_ms_per_token` is the mean of its steps. Defaults to 2, an answer of one
-                step. Version 1 of the formula does not look at it.
+                step.
+            **columns (`torch.Tensor`):
+                Every count of `cost_model.count_names` and every knob of `cost_model.knob_names`.
 
         Returns:
             [`LatencyEstimatorOutput`]
 
         Raises:
-            ValueError: If the estimator was not fitted.
+            ValueError: If the estimator was not fitted, or columns are missing or unknown.
         """
-        self._check_fitted()
-        counts = (num_views, vision_tokens, text_tokens, top_k, num_blocks)
-        num_views, vision_tokens, text_tokens, top_k, num_blocks = (
-            count.to(self.decode_coefficients) for count in counts
-        )
-        num_tokens = vision_tokens + text_tokens
-        # Vision is worked out for as many views as are given, however many settings share them.
-        vision_ms = _weighted_sum(self.vision_coefficients, vision_features(num_views))
-        num_tokens, top_k, num_blocks = torch.broadcast_tensors(num_tokens, top_k, num_blocks)
-        if self.config.formula_version == 1:
-            llm_prefill = llm_prefill_features(num_tokens, top_k, num_blocks)
-            llm_prefill_ms = _weighted_sum(self.llm_prefill_coefficients, llm_prefill)
-            decode_ms = _weighted_sum(self.decode_coefficients, decode_features(num_tokens, top_k, num_blocks))
-        else:
-            vision_ms = vision_ms * learned_factor(self.vision_units, (num_views,))
-            padded_tokens = pad_lengths(num_tokens, self.config.prefill_lengths)
-            llm_prefill = llm_prefill_features(padded_tokens, top_k, num_blocks, self.num_experts)
-            llm_prefill_ms = _weighted_sum(self.llm_prefill_coefficients, llm_prefill)
-            llm_prefill_ms = llm_prefill_ms * learned_factor(
-                self.llm_prefill_units, llm_prefill_inputs(padded_tokens, top_k, num_blocks)
-            )
-            output_tokens = torch.full_like(num_tokens, 2) if output_tokens is None else output_tokens
-            context = mean_context(num_tokens, output_tokens.to(num_tokens))
-            context, top_k, num_blocks = torch.broadcast_tensors(context, top_k, num_blocks)
-            decode_ms = _weighted_sum(self.decode_coefficients, decode_features(context, top_k, num_blocks))
-            decode_ms = decode_ms * learned_factor(self.decode_units, decode_inputs(context, top_k, num_blocks))
-        stages = torch.broadcast_tensors(vision_ms + llm_prefill_ms, decode_ms, vision_ms, llm_prefill_ms)
-        names = ("prefill_ms", "decode_ms_per_token", "vision_ms", "llm_prefill_ms")
-        return LatencyEstimatorOutput(**dict(zip(names, stages, strict=True)))
+        parameters = self._fitted_parameters()
+        names = (*self.cost_model.count_names, *self.cost_model.knob_names)
+        if set(columns) != set(names):
+            raise ValueError(f"the latency estimator takes {', '.join(names)}, but got {', '.join(columns)}.")
+        like = parameters[f"{DECODE}_coefficients"]
+        columns = {name: values.to(like) for name, values in columns.items()}
+        columns["output_tokens"] = like.new_tensor(2.0) if output_tokens is None else output_tokens.to(like)
+        times = []
+        for stage in self.cost_model.stages:
+            terms = self.cost_model.terms(stage, columns)
+            physical_ms = _weighted_sum(parameters[f"{stage}_coefficients"], terms.features)
+            times.append(physical_ms * learned_factor(parameters[f"{stage}_units"], terms.inputs))
+        *stage_ms, decode_ms = times
+        prefill_ms = reduce(operator.add, stage_ms)
+        prefill_ms, decode_ms, *stage_ms = torch.broadcast_tensors(prefill_ms, decode_ms, *stage_ms)
+        return LatencyEstimatorOutput(prefill_ms, decode_ms, dict(zip(self.cost_model.stages, stage_ms, strict=False)))
 
-    @property
-    def num_experts(self) -> int:
-        """Experts of each block of the executor; 1 for one whose sizes nobody knows: each prompt touches all weights."""
-        if self.config.executor_shape is None:
-            return 1
-        return self.config.executor_shape["text_config.num_experts"]
+    def latency_ms(self, outcomes: "Sequence[Outcome]") -> torch.Tensor:
+        """As [`LatencyEstimator.latency_ms`]."""
+        counts = {name: [outcome.counts[name] for outcome in outcomes] for name in self.cost_model.count_names}
+        output_tokens = [outcome.output_tokens for outcome in outcomes]
+        return self.predict_latency_ms([outcome.setting for outcome in outcomes], counts, output_tokens).cpu()
 
     def predict_latency_ms(
         self,
         settings: Sequence[KnobSetting],
-        num_views: Sequence[int] | torch.Tensor,
-        vision_tokens: Sequence[int] | torch.Tensor,
-        text_tokens: Sequence[int] | torch.Tensor,
-        output_tokens: Sequence[int] | torch.Tensor,
+        counts: Mapping[str, torch.Tensor | Sequence[int]],
+        output_tokens: torch.Tensor | Sequence[int],
         quantile: float | None = None,
     ) -> torch.Tensor:
         """
-        Latency of whole requests: `prefill_ms + decode_ms_per_token * (output_tokens - 1)`, as the prefill gives the
-        first output token.
-
-        Args:
-            settings (`Sequence[KnobSetting]`):
-                Knob setting of each of the n requests.
-            num_views, vision_tokens, text_tokens (`Sequence[int]` or `torch.Tensor`):
-                As in [`~LatencyEstimatorModel.forward`], n each.
-            output_tokens (`Sequence[int]` or `torch.Tensor`):
-                Tokens of the answer with the end of sequence, 1 or more, n of them.
-            quantile (`float`, *optional*):
-                Share of requests whose latency is to lie below what is predicted, e.g. 0.95 for a promise that is kept 19
-                times in 20. By default, the typical latency.
-
-        Returns:
-            `torch.Tensor` of shape (n,): milliseconds, float32.
+        As [`LatencyEstimator.predict_latency_ms`]: `prefill_ms + decode_ms_per_token * (output_tokens - 1)`, as the prefill
+        gives the first output token.
 
         Raises:
-            ValueError: If the estimator was not fitted, the arguments' lengths differ, a `top_k` or `num_blocks` lies
+            ValueError: If the estimator was not fitted, counts are missing or unknown or of a wrong shape, a knob lies
                 outside the range that was measured, an answer has no token, or the quantile was not fitted.
         """
-        counts = {
-            "num_views": num_views,
-            "vision_tokens": vision_tokens,
-            "text_tokens": text_tokens,
-            "output_tokens": output_tokens,
-        }
-        counts = {name: torch.as_tensor(values, device=self.device) for name, values in counts.items()}
-        for name, values in counts.items():
-            if values.shape != (len(settings),):
+        device = self.device
+        columns = {name: torch.as_tensor(values, device=device) for name, values in counts.items()}
+        output_tokens = torch.as_tensor(output_tokens, device=device)
+        shape = next((values.shape for values in columns.values()), ())
+        for name, values in columns.items():
+            if values.shape != shape or len(shape) not in (1, 2) or shape[-1] != len(settings):
                 raise ValueError(
-                    f"`{name}` has the shape {tuple(values.shape)} but there are {len(settings)} settings: give one "
-                    "value a setting."
+                    f"`{name}` has the shape {tuple(values.shape)} but there are {len(settings)} settings: give one value a "
+                    "setting, or one a request and setting."
                 )
-        top_k, num_blocks = self._knobs(settings)
-        return self._total_ms(counts, top_k, num_blocks, quantile)
-
-    def predict_grid_ms(
-        self,
-        settings: Sequence[KnobSetting],
-        num_views: torch.Tensor,
-        vision_tokens: torch.Tensor,
-        text_tokens: torch.Tensor,
-        output_tokens: torch.Tensor,
-        quantile: float | None = None,
-    ) -> torch.Tensor:
-        """
-        Latency of n requests at each of s settings.
-
-        Args:
-            settings (`Sequence[KnobSetting]`):
-                The s settings, e.g. all of a [`KnobSpace`].
-            num_views, vision_tokens (`torch.Tensor`):
-                As in [`~LatencyEstimatorModel.forward`], of shape (s, n): they depend on the setting's tier.
-            text_tokens, output_tokens (`torch.Tensor`):
-                As in [`~LatencyEstimatorModel.predict_latency_ms`], of shape (n,) or (s, n).
-            quantile (`float`, *optional*):
-                As in [`~LatencyEstimatorModel.predict_latency_ms`].
-
-        Returns:
-            `torch.Tensor` of shape (s, n): milliseconds, float32.
-
-        Raises:
-            ValueError: As [`~LatencyEstimatorModel.predict_latency_ms`].
-        """
-        counts = {
-            "num_views": num_views,
-            "vision_tokens": vision_tokens,
-            "text_tokens": text_tokens,
-            "output_tokens": output_tokens,
-        }
-        shape = torch.Size((len(settings), num_views.shape[-1]))
-        for name, values in counts.items():
-            if values.shape != shape and (name.startswith(("num", "vision")) or values.shape != shape[1:]):
-                raise ValueError(f"`{name}` has the shape {tuple(values.shape)}: give {tuple(shape)}.")
-        top_k, num_blocks = self._knobs(settings)
-        counts = {name: values.to(self.device) for name, values in counts.items()}
-        return self._total_ms(counts, top_k[:, None], num_blocks[:, None], quantile)
-
-    def _knobs(self, settings: Sequence[KnobSetting]) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_fitted()
-        # The tier needs no check: what it costs comes in through the counts.
-        knobs = {name: [getattr(setting, name) for setting in settings] for name in ("top_k", "num_blocks")}
-        for name, values in knobs.items():
-            measured = self.config.fitted_knobs[name]
-            outside = [value for value in values if not measured[0] <= value <= measured[-1]]
-            if outside:
-                raise ValueError(
-                    f"knob `{name}` is {outside[0]} but the latency estimator was fitted on {measured[0]} to "
-                    f"{measured[-1]}: profile the executor over the wanted values and fit again."
-                )
-        top_k, num_blocks = (torch.tensor(values, device=self.device) for values in knobs.values())
-        return top_k, num_blocks
-
-    def _total_ms(
-        self, counts: dict[str, torch.Tensor], top_k: torch.Tensor, num_blocks: torch.Tensor, quantile: float | None
-    ) -> torch.Tensor:
-        output_tokens = counts["output_tokens"]
+        try:
+            output_tokens.expand(shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`output_tokens` has the shape {tuple(output_tokens.shape)}, but counts have {tuple(shape)}: give one value "
+                "each."
+            ) from error
         if (output_tokens < 1).any():
             raise ValueError(
                 f"`output_tokens` holds {int(output_tokens.min())}: an answer has 1 token at least, its end of sequence."
             )
-        estimate = self(**counts, top_k=top_k, num_blocks=num_blocks)
+        # Other knobs are not looked at: what they cost comes in through the counts.
+        knobs = {name: [setting[name] for setting in settings] for name in self.cost_model.knob_names}
+        columns.update({name: torch.tensor(values, device=device) for name, values in knobs.items()})
+        estimate = self(**columns, output_tokens=output_tokens)
+        for name, values in knobs.items():
+            measured = self.config.fitted_knobs[name]
+            lowest, highest = measured[0], measured[-1]
+            if values and not lowest <= min(values) <= max(values) <= highest:
+                outside = min(values) if min(values) < lowest else max(values)
+                raise ValueError(
+                    f"knob `{name}` is {outside} but the latency estimator was fitted on {lowest} to {highest}: profile the "
+                    "executor over the wanted values and fit again."
+                )
         latency_ms = estimate.prefill_ms + estimate.decode_ms_per_token * (output_tokens - 1)
         return latency_ms if quantile is None else latency_ms * self.quantile_factor(quantile)
 
@@ -408,40 +248,53 @@ class LatencyEstimatorModel(PreTrainedModel):
             )
         return factors[str(quantile)]
 
-    def _check_fitted(self):
-        lacking = [name for name, coefficients in self.named_parameters() if not (coefficients > 0).any()]
-        if lacking or self.config.fitted_knobs is None:
-            raise ValueError(
-                f"the latency estimator has no {lacking or 'fitted_knobs'}: it was not fitted, or its folder is "
-                "incomplete. Fit one with `joint-controller fit-latency`."
-            )
+    def _fitted_parameters(self) -> dict[str, nn.Parameter]:
+        parameters = dict(self.named_parameters())
+        if not self._is_fitted:
+            lacking = [name for name, values in parameters.items() if not (values > 0).any()]
+            if lacking:
+                raise ValueError(
+                    f"the latency estimator has no {lacking}: it was not fitted, or its folder is "
+                    "incomplete. Fit one with `joint-controller fit-latency`."
+                )
+            self._is_fitted = True
+        return parameters
 
-    def check_executor(self, config: PreTrainedConfig):
+    def check_executor(self, executor: Executor) -> None:
         """
-        Makes sure that the estimator is about an executor. Where nobody knows which executor was measured (imported
-        profiles may not say), a warning takes the place of the check.
+        Makes sure that the estimator is about an executor. Where the sizes of the executor that was measured are unknown
+        (imported profiles may not say), a warning takes the place of the check.
 
         Args:
-            config ([`MolmoConfig`]):
-                Configuration of the executor's model.
+            executor ([`Executor`]):
+                The executor.
 
         Raises:
-            ValueError: If a size that latency depends on differs from the executor that was measured.
+            ValueError: If its family, or a size that latency depends on, differs from that of the executor that was
+                measured.
         """
-        if self.config.executor_shape is None:
+        if self.config.executor_type != executor.model_type:
+            differing = f"model type '{self.config.executor_type}' there, '{executor.model_type}' here"
+        elif self.config.executor_shape is None:
             logger.warning(
                 "the latency estimator does not know the sizes of the executor that it was fitted on: make sure that it is "
                 "this one."
             )
             return
-        shape = executor_shape(config)
-        differing = [
-            f"{field} {measured} there, {shape[field]} here"
-            for field, measured in self.config.executor_shape.items()
-            if shape[field] != measured
-        ]
+        else:
+            differing = differing_sizes(self.config.executor_shape, executor.shape)
         if differing:
             raise ValueError(
-                f"the latency estimator was fitted on another executor ({'; '.join(differing)}): fit one for this "
-                "executor with `joint-controller profile` and `joint-controller fit-latency`."
+                f"the latency estimator was fitted on another executor ({differing}): fit one for this executor with "
+                "`joint-controller profile` and `joint-controller fit-latency`."
             )
+
+
+def differing_sizes(measured: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Sizes in which two executors differ, in words; empty where they are equal."""
+    names = dict.fromkeys((*measured, *found))
+    return "; ".join(
+        f"{name} {measured.get(name)} there, {found.get(name)} here"
+        for name in names
+        if measured.get(name) != found.get(name)
+    )

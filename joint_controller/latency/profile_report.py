@@ -3,18 +3,27 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..knobs import TIERS, KnobSetting
-from ..molmo.executor.flops import request_flops
+from ..knobs import Knob, KnobSetting, KnobValue
 from .fit_report import format_markdown_table
-from .profile_table import KNOB_COLUMNS, MACHINE_COLUMNS, PROFILE_FILE, UNKNOWN, check_one_machine, profile_settings
+from .held_out import num_disagreeing
+from .profile_table import (
+    PROFILE_FILE,
+    PROVENANCE_COLUMNS,
+    UNKNOWN,
+    ProfileSchema,
+    check_one_machine,
+    profile_settings,
+    time_column,
+)
 
 
 REPORT_FILE = "profile_report.json"
@@ -26,28 +35,43 @@ REPEATABILITY_TARGET = 0.95
 _COLORS = "viridis"
 
 
-def _columns(profile: Dataset) -> dict[str, np.ndarray]:
-    """The numbers of a profile, NaN where they are null; with `num_tokens` and `total_ms` (what budgets are about)."""
-    names = ("top_k", "num_blocks", "num_views", "vision_tokens", "text_tokens", "output_tokens")
-    names += ("controller_ms", "image_processing_ms", "vision_ms", "llm_prefill_ms", "decode_ms_per_token")
-    columns = {name: np.array([math.nan if v is None else v for v in profile[name]], dtype=float) for name in names}
-    columns["num_tokens"] = columns["vision_tokens"] + columns["text_tokens"]
-    columns["prefill_ms"] = columns["vision_ms"] + columns["llm_prefill_ms"]
-    columns["decode_ms"] = np.nan_to_num(columns["decode_ms_per_token"]) * (columns["output_tokens"] - 1)
-    columns["total_ms"] = columns["prefill_ms"] + columns["decode_ms"]
-    return columns
+class _Measurements:
+    """A profile in numbers: NaN where they are null."""
 
+    def __init__(self, profile: Dataset):
+        self.profile = profile
+        self.schema = schema = ProfileSchema.of(profile)
+        self.settings = profile_settings(profile)
+        self.space = schema.knob_space
+        count_names = schema.cost_model.count_names
+        names = (*count_names, "output_tokens", *schema.time_columns)
+        self.columns = columns = {
+            name: np.array([math.nan if value is None else value for value in profile[name]], dtype=float)
+            for name in names
+        }
+        columns["num_tokens"] = sum(columns[name] for name in count_names if name.endswith("_tokens"))
+        *stages, decode = schema.predicted_columns
+        columns["prefill_ms"] = sum(columns[name] for name in stages)
+        columns["decode_ms"] = np.nan_to_num(columns[decode]) * (columns["output_tokens"] - 1)
+        columns["total_ms"] = columns["prefill_ms"] + columns["decode_ms"]  # what budgets are about
 
-def _rows_of_settings(profile: Dataset) -> dict[KnobSetting, list[int]]:
-    """Rows of each setting, cheapest first."""
-    rows: dict[KnobSetting, list[int]] = {}
-    for row, setting in enumerate(profile_settings(profile)):
-        rows.setdefault(setting, []).append(row)
-    return dict(sorted(rows.items(), key=lambda item: _order(item[0])))
+    @cached_property
+    def rows_of(self) -> dict[KnobSetting, list[int]]:
+        """Rows of each setting, cheapest first."""
+        rows: dict[KnobSetting, list[int]] = {}
+        for row, setting in enumerate(self.settings):
+            rows.setdefault(setting, []).append(row)
+        return dict(sorted(rows.items(), key=lambda item: self.space.index(item[0])))
 
-
-def _order(setting: KnobSetting) -> tuple[int, int, int]:
-    return TIERS.index(setting.tier), setting.top_k, setting.num_blocks
+    def flops(self) -> list[int | None]:
+        """Floating-point operations of each request."""
+        names = self.schema.cost_model.count_names
+        counts = zip(*(self.profile[name] for name in names), strict=True)
+        requests = zip(self.settings, counts, self.profile["output_tokens"], strict=True)
+        return [
+            self.schema.cost_model.request_flops(setting, dict(zip(names, values, strict=True)), output_tokens)
+            for setting, values, output_tokens in requests
+        ]
 
 
 def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABILITY_TOLERANCE) -> dict[str, Any]:
@@ -68,13 +92,13 @@ def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABIL
     Raises:
         ValueError: If the profiles are of different executors or machines, or have no measurement in common.
     """
-    check_one_machine(concatenate_datasets([first, second]), name="the pair of profiles")
-    keys = [list(zip(profile_settings(one), one["sample_id"], strict=True)) for one in (first, second)]
+    check_one_machine(first, second, name="the pair of profiles")
+    both = [_Measurements(one) for one in (first, second)]
+    keys = [list(zip(one.settings, one.profile["sample_id"], strict=True)) for one in both]
     positions = [{key: row for row, key in enumerate(one)} for one in keys]
     common = [key for key in positions[0] if key in positions[1]]
     if not common:
         raise ValueError("the two profiles have no measurement (setting and input) in common: profile the same ones.")
-    columns = [_columns(one) for one in (first, second)]
     rows_of: dict[KnobSetting, list[tuple[int, int]]] = {}
     for key in common:
         rows_of.setdefault(key[0], []).append((positions[0][key], positions[1][key]))
@@ -87,8 +111,8 @@ def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABIL
         differences = []
         for rows in rows_of.values():
             medians = [
-                np.median(values[column][list(own)])
-                for values, own in zip(columns, zip(*rows, strict=True), strict=True)
+                np.median(one.columns[column][list(own)])
+                for one, own in zip(both, zip(*rows, strict=True), strict=True)
             ]
             if not np.isnan(medians).any():
                 differences.append(abs(medians[1] / medians[0] - 1))
@@ -121,24 +145,21 @@ def summarize_profile(profile: Dataset) -> dict[str, Any]:
     A profile in numbers: the machine, how much was measured, how far repeats differ, and the latency of the cheapest and of
     the most expensive setting.
     """
-    columns = _columns(profile)
-    rows_of = _rows_of_settings(profile)
-    spreads = [
-        value for name in ("vision_ms", "llm_prefill_ms", "decode_ms_per_token") for value in profile[f"{name}_spread"]
-    ]
-    spreads = [value for value in spreads if value is not None]
-    disagree = profile["repeats_disagree"][:]
+    measured = _Measurements(profile)
+    columns = measured.schema.predicted_columns
+    spreads = [value for name in columns for value in profile[f"{name}_spread"] if value is not None]
+    rows_of = measured.rows_of
     ends = [next(iter(rows_of)), list(rows_of)[-1]]
     return {
-        "machine": {column: profile.unique(column) for column in MACHINE_COLUMNS if column != "executor_shape"},
+        "machine": {column: profile.unique(column) for column in PROVENANCE_COLUMNS},
         "num_measurements": len(profile),
         "num_settings": len(rows_of),
         "num_inputs": len(profile.unique("sample_id")),
-        "num_disagreeing": None if None in disagree else sum(disagree),
+        "num_disagreeing": num_disagreeing(profile),
         "median_spread": float(np.median(spreads)) if spreads else None,
         "settings": {
             str(setting): {
-                name: float(np.median(columns[name][rows_of[setting]]))
+                name: float(np.median(measured.columns[name][rows_of[setting]]))
                 for name in ("prefill_ms", "decode_ms_per_token", "total_ms")
             }
             for setting in ends
@@ -167,29 +188,26 @@ def plot_profile(profile: Dataset, folder: str | Path) -> list[Path]:
     check_one_machine(profile)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    measured = _Measurements(profile)
     figures = {
-        "stage_shares.png": _plot_stage_shares(profile),
-        "prefill.png": _plot_prefill(profile),
-        "decode.png": _plot_decode(profile),
-        "knobs.png": _plot_knobs(profile),
+        "stage_shares.png": _plot_stage_shares(measured),
+        "prefill.png": _plot_prefill(measured),
+        "decode.png": _plot_decode(measured),
+        "knobs.png": _plot_knobs(measured),
     }
-    if profile["executor_shape"][0] != UNKNOWN:
-        figures["flops.png"] = _plot_flops(profile)
+    flops = measured.flops()
+    if None not in flops:
+        figures["flops.png"] = _plot_flops(measured, np.array(flops))
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=110)
     return [folder / name for name in figures]
 
 
-def _plot_stage_shares(profile: Dataset) -> Figure:
-    columns = _columns(profile)
-    rows_of = _rows_of_settings(profile)
-    stages = {
-        "controller": "controller_ms",
-        "image processing": "image_processing_ms",
-        "vision tower and connector": "vision_ms",
-        "prefill": "llm_prefill_ms",
-        "decode": "decode_ms",
-    }
+def _plot_stage_shares(measured: _Measurements) -> Figure:
+    columns, rows_of = measured.columns, measured.rows_of
+    stages = {"controller": "controller_ms"}
+    stages |= {stage.replace("_", " "): time_column(stage) for stage in measured.schema.stage_names}
+    stages |= {"decode": "decode_ms"}
     stages = {stage: name for stage, name in stages.items() if not np.isnan(columns[name]).all()}
     means = np.array(
         [[np.nan_to_num(columns[name][rows]).mean() for name in stages.values()] for rows in rows_of.values()]
@@ -203,7 +221,7 @@ def _plot_stage_shares(profile: Dataset) -> Figure:
         axes.barh(range(len(rows_of)), share, left=left, height=0.85, label=stage)
         left += share
     labels = [
-        f"{setting.tier}, {setting.top_k}, {setting.num_blocks}: {total:.3g} ms"
+        f"{', '.join(map(str, setting.values()))}: {total:.3g} ms"
         for setting, total in zip(rows_of, totals, strict=True)
     ]
     axes.set_yticks(range(len(rows_of)), labels, fontsize=7)
@@ -211,31 +229,47 @@ def _plot_stage_shares(profile: Dataset) -> Figure:
     axes.set_xlim(0, 100)
     steps = np.median(columns["output_tokens"]) - 1
     axes.set_xlabel(f"share of the time of a request with {steps:g} decode steps (%)")
-    axes.set_ylabel("tier, top_k, num_blocks: mean time")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    axes.set_ylabel(f"{', '.join(measured.space.names)}: mean time")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(stages))
     return figure
 
 
-def _scatter_by_knob(figure: Figure, axes: Axes, knob: str, values: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    points = axes.scatter(x, y, c=values, s=9, alpha=0.7, cmap=_COLORS)
-    figure.colorbar(points, ax=axes, label=knob, ticks=sorted(set(values)))
+def _knob_axes(measured: _Measurements) -> tuple[Figure, list[tuple[Axes, Knob]]]:
+    """A figure with axes for each knob."""
+    knobs = measured.space.knobs
+    figure = Figure(figsize=(5 * len(knobs), 4.5), layout="constrained")
+    return figure, list(zip(figure.subplots(1, len(knobs), sharey=True, squeeze=False)[0], knobs, strict=True))
 
 
-def _plot_prefill(profile: Dataset) -> Figure:
-    columns = _columns(profile)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, knob in zip(figure.subplots(1, 2, sharey=True), ("num_blocks", "top_k"), strict=True):
-        _scatter_by_knob(figure, axes, knob, columns[knob], columns["num_tokens"], columns["llm_prefill_ms"])
-        axes.set_xlabel("tokens of the prompt, the image's included")
-        axes.set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("prefill of the language model (ms)")
+def _scatter_by_knob(
+    measured: _Measurements, rows: Sequence[int], x: Sequence[float], y: Sequence[float], label: str
+) -> Figure:
+    """Points of rows of the profile, once for each knob, which gives the color."""
+    figure, all_axes = _knob_axes(measured)
+    for axes, knob in all_axes:
+        positions = [knob.values.index(measured.settings[row][knob.name]) for row in rows]
+        ticks = sorted(set(positions))
+        points = axes.scatter(x, y, c=positions, s=9, alpha=0.7, cmap=_COLORS)
+        bar = figure.colorbar(points, ax=axes, label=knob.name, ticks=ticks)
+        bar.ax.set_yticklabels([str(knob.values[tick]) for tick in ticks])
+        axes.set_xlabel(label)
     return figure
 
 
-def _plot_decode(profile: Dataset) -> Figure:
-    columns = _columns(profile)
+def _plot_prefill(measured: _Measurements) -> Figure:
+    column = measured.schema.predicted_columns[-2]  # the last stage before the first output token
+    label = "tokens of the prompt, the image's included"
+    rows = range(len(measured.settings))
+    figure = _scatter_by_knob(measured, rows, measured.columns["num_tokens"], measured.columns[column], label)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].set_ylabel(f"{column.removesuffix('_ms').replace('_', ' ')} (ms)")
+    return figure
+
+
+def _plot_decode(measured: _Measurements) -> Figure:
+    columns = measured.columns
     positions, times, rows = [], [], []
-    for row, steps in enumerate(profile["decode_ms"]):
+    for row, steps in enumerate(measured.profile["decode_ms"]):
         # Profiles that were imported know the mean step only.
         if steps is None and not math.isnan(columns["decode_ms_per_token"][row]):
             positions.append(columns["num_tokens"][row] + columns["output_tokens"][row] / 2)
@@ -245,63 +279,47 @@ def _plot_decode(profile: Dataset) -> Figure:
             positions.append(columns["num_tokens"][row] + step)
             times.append(step_ms)
             rows.append(row)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, knob in zip(figure.subplots(1, 2, sharey=True), ("num_blocks", "top_k"), strict=True):
-        _scatter_by_knob(figure, axes, knob, columns[knob][rows], np.array(positions), np.array(times))
-        axes.set_xlabel("position of the token")
-        axes.set_ylim(0, 1.3 * np.quantile(times, 0.99) if times else None)
+    figure = _scatter_by_knob(measured, rows, positions, times, "position of the token")
+    figure.axes[0].set_ylim(0, 1.3 * np.quantile(times, 0.99) if times else None)
     figure.axes[0].set_ylabel("decode step (ms)")
     return figure
 
 
-def _plot_knobs(profile: Dataset) -> Figure:
-    columns = _columns(profile)
-    rows_of = _rows_of_settings(profile)
-    latency = {setting: float(np.median(columns["total_ms"][rows])) for setting, rows in rows_of.items()}
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axes, knob in zip(figure.subplots(1, 3, sharey=True), KNOB_COLUMNS, strict=True):
-        values = list(dict.fromkeys(getattr(s, knob) for s in sorted(latency, key=lambda s: _order_of(s, knob))))
-        others = [other for other in KNOB_COLUMNS if other != knob]
-        lines: dict[tuple, dict[Any, float]] = {}
+def _plot_knobs(measured: _Measurements) -> Figure:
+    latency = {
+        setting: float(np.median(measured.columns["total_ms"][rows])) for setting, rows in measured.rows_of.items()
+    }
+    figure, all_axes = _knob_axes(measured)
+    for axes, knob in all_axes:
+        values = [value for value in knob.values if any(setting[knob.name] == value for setting in latency)]
+        lines: dict[str, dict[KnobValue, float]] = {}
         for setting, latency_ms in latency.items():
-            lines.setdefault(tuple(getattr(setting, other) for other in others), {})[getattr(setting, knob)] = (
-                latency_ms
-            )
+            others = ", ".join(f"{name}={value}" for name, value in setting.items() if name != knob.name)
+            lines.setdefault(others, {})[setting[knob.name]] = latency_ms
         ends = (next(iter(lines)), list(lines)[-1])
-        for fixed, line in lines.items():
-            label = ", ".join(f"{other}={value}" for other, value in zip(others, fixed, strict=True))
+        for others, line in lines.items():
             style = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
-            if fixed in ends:
-                style = {"linewidth": 2, "marker": "o", "markersize": 4, "label": label, "zorder": 2}
+            if others in ends:
+                style = {"linewidth": 2, "marker": "o", "markersize": 4, "label": others or knob.name, "zorder": 2}
             axes.plot([values.index(value) for value in line], list(line.values()), **style)
         axes.set_xticks(range(len(values)), [str(value) for value in values])
-        axes.set_xlabel(knob)
+        axes.set_xlabel(knob.name)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("vision, prefill and decode (ms), median over inputs")
+    figure.axes[0].set_ylabel("predicted stages (ms), median over inputs")
     return figure
 
 
-def _order_of(setting: KnobSetting, knob: str) -> int:
-    return _order(setting)[KNOB_COLUMNS.index(knob)]
-
-
-def _plot_flops(profile: Dataset) -> Figure:
-    columns = _columns(profile)
-    shape = json.loads(profile["executor_shape"][0])
-    counts = zip(
-        *(columns[name] for name in ("num_views", "num_tokens", "output_tokens", "top_k", "num_blocks")), strict=True
-    )
-    flops = np.array([request_flops(shape, *map(int, row)) for row in counts])
-    tiers = np.array(profile["tier"][:])
+def _plot_flops(measured: _Measurements, flops: np.ndarray) -> Figure:
+    total_ms, knob = measured.columns["total_ms"], measured.space.knobs[0]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for tier in sorted(set(tiers), key=TIERS.index):
-        axes.scatter(
-            flops[tiers == tier] / 1e9, columns["total_ms"][tiers == tier], s=9, alpha=0.6, label=f"tier {tier}"
-        )
-    correlation = np.corrcoef(np.log(flops), np.log(columns["total_ms"]))[0, 1] if len(flops) > 1 else math.nan
-    axes.set(xlabel="GFLOPs of the request, from its sizes", ylabel="vision, prefill and decode (ms)")
+    for value in knob.values:
+        rows = [row for row, setting in enumerate(measured.settings) if setting[knob.name] == value]
+        if rows:
+            axes.scatter(flops[rows] / 1e9, total_ms[rows], s=9, alpha=0.6, label=f"{knob.name} {value}")
+    correlation = np.corrcoef(np.log(flops), np.log(total_ms))[0, 1] if len(flops) > 1 else math.nan
+    axes.set(xlabel="GFLOPs of the request, from its sizes", ylabel="predicted stages (ms)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_title(f"correlation of the logarithms: {correlation:.3f}")
@@ -323,7 +341,7 @@ def write_profile_report(profile: Dataset, folder: str | Path, repeated: Dataset
 
     Returns:
         `dict[str, Any]`: the numbers: those of [`~latency.profile_report.summarize_profile`], and `repeatability`
-        ([`~latency.repeatability`]) if there is a second profile.
+        ([`~latency.profile_report.repeatability`]) if there is a second profile.
 
     Raises:
         ValueError: If the profiles mix executors or machines.
@@ -346,7 +364,7 @@ def format_profile_card(report: Mapping[str, Any], pictures: Sequence[str]) -> s
         report (`Mapping[str, Any]`):
             What [`~latency.profile_report.write_profile_report`] returns.
         pictures (`Sequence[str]`):
-            Names of the pictures beside it.
+            Names of the pictures in it.
 
     Returns:
         `str`: Markdown.
@@ -371,7 +389,7 @@ tags:
 
 # Latency profile
 
-What single requests (batch 1) take a Molmo executor, stage by stage, over its knob settings: one row a measurement, the
+What single requests (batch 1) take an executor, stage by stage, over its knob settings: one row a measurement, the
 median of interleaved repeats. Written by `joint-controller profile`; `joint-controller fit-latency` fits a latency
 estimator to it.
 
@@ -383,7 +401,7 @@ interquartile range of the repeats is {spread} of their median, as a median over
 
 {format_markdown_table(("setting", "prefill_ms", "decode_ms_per_token", "whole request (ms)"), rows)}
 
-Medians over inputs; prefill includes the vision tower.
+Medians over inputs; prefill is all that latency estimators predict up to the first output token.
 
 {shown}
 """

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,13 @@ import pyarrow
 from datasets import Dataset, Features, List, Value
 from pyarrow import parquet
 
-from ..knobs import KnobSetting
+from ..executor import DECODE, CostModel, executor_family
+from ..knobs import KnobSetting, KnobSpace
 
 
 PROFILE_FILE = "profile.parquet"
 
-KNOB_COLUMNS = ("tier", "top_k", "num_blocks")
-COUNT_COLUMNS = ("num_views", "vision_tokens", "text_tokens")
-STAGE_COLUMNS = ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")
-"""Medians in milliseconds of the stages that the latency estimator predicts."""
-TIME_COLUMNS = ("controller_ms", "image_processing_ms", *STAGE_COLUMNS)
-"""Medians in milliseconds of all stages of a request, each with the column `<stage>_spread` beside it."""
-MACHINE_COLUMNS = (
+PROVENANCE_COLUMNS = (
     "device_name",
     "driver_version",
     "torch_version",
@@ -28,58 +25,116 @@ MACHINE_COLUMNS = (
     "executor_mode",
     "executor_revision",
     "executor_fingerprint",
-    "executor_shape",
 )
-"""What was measured on what: equal in all rows that belong together."""
+"""What was measured on what, in words for people."""
+MACHINE_COLUMNS = (*PROVENANCE_COLUMNS, "executor_type", "executor_shape", "knob_space", "stage_names")
+"""
+What was measured on what: equal in all rows that belong together. The last three are JSON: [`Executor.shape`], the knob
+space and [`Executor.stage_names`].
+"""
 UNKNOWN = "unknown"
-"""Value of a machine column where nobody knows."""
+"""Value of a machine column where it is not known; `executor_type` and `knob_space` must be."""
 
-PROFILE_FEATURES = Features(
-    {
-        "sample_id": Value("string"),
-        "tier": Value("string"),
-        "top_k": Value("int32"),
-        "num_blocks": Value("int32"),
-        "num_views": Value("int32"),
-        "vision_tokens": Value("int32"),
-        "text_tokens": Value("int32"),
-        "output_tokens": Value("int32"),
-        **{name: Value("float64") for stage in TIME_COLUMNS for name in (stage, f"{stage}_spread")},
-        "decode_ms": List(Value("float64")),
-        "prefill_lengths": List(Value("int32")),
-        "num_repeats": Value("int32"),
-        "repeats_disagree": Value("bool"),
-        **{column: Value("string") for column in MACHINE_COLUMNS},
-    }
-)
-"""
-Columns of a profile, see [`~latency.profile_executor`]. What a measurement that was made elsewhere may not know is null
-(`NULLABLE_COLUMNS`) or, in a machine column, `"unknown"`.
-"""
+_REMEDY = "make it again with `joint-controller profile`"
 
-NULLABLE_COLUMNS = (
-    "controller_ms",
-    "image_processing_ms",
-    "decode_ms_per_token",  # null, too, where the answer ended with its first token
-    "decode_ms",
-    *(f"{stage}_spread" for stage in TIME_COLUMNS),
-    "prefill_lengths",
-    "num_repeats",
-    "repeats_disagree",
-)
-"""Columns that may be null."""
 
-# Columns that files of the first version lack.
-_LATER_COLUMNS = (
-    "controller_ms",
-    "controller_ms_spread",
-    "decode_ms",
-    "prefill_lengths",
-    "repeats_disagree",
-    "driver_version",
-    "executor_mode",
-    "executor_revision",
-)
+def time_column(stage: str) -> str:
+    """Column with the time of a stage of a [`~executor.CostModel`]."""
+    return "decode_ms_per_token" if stage == DECODE else f"{stage}_ms"
+
+
+@dataclass(frozen=True)
+class ProfileSchema:
+    """
+    Columns of a profile. They follow from the executor that was measured.
+
+    Args:
+        knob_space ([`KnobSpace`]):
+            Knobs of the executor: a column each.
+        cost_model ([`~executor.CostModel`]):
+            That of the executor. Counts, and stages that are predicted, have a column each.
+        stage_names (`tuple[str, ...]`):
+            Stages up to the first output token that were timed, in order.
+    """
+
+    knob_space: KnobSpace
+    cost_model: CostModel
+    stage_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, profile: Dataset | Sequence[Mapping[str, Any]], name: str = "the profile") -> "ProfileSchema":
+        """
+        Columns of a profile, or of the rows of one that is to be made, by its first row.
+
+        Raises:
+            ValueError: If there is no row, or it does not say what was measured.
+        """
+        if len(profile) == 0:
+            raise ValueError(f"{name} holds no measurement: {_REMEDY}.")
+        row = profile[0]
+        for column in ("executor_type", "executor_shape", "knob_space", "stage_names"):
+            if row.get(column) is None or row[column] == UNKNOWN and column in ("executor_type", "knob_space"):
+                raise ValueError(f"{name} has no `{column}` in row 0: every measurement needs one.")
+        try:
+            shape, stage_names, knob_space = (
+                None if row[column] == UNKNOWN else json.loads(row[column])
+                for column in ("executor_shape", "stage_names", "knob_space")
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} has a machine column that is not JSON ({error}): {_REMEDY}.") from error
+        space = KnobSpace.from_dict(knob_space)
+        cost_model = executor_family(row["executor_type"]).cost_model(shape, row.get("prefill_lengths"), space.names)
+        if stage_names is None:
+            stage_names = (stage for stage in cost_model.stages if stage != DECODE)
+        return cls(space, cost_model, tuple(stage_names))
+
+    @property
+    def predicted_columns(self) -> tuple[str, ...]:
+        """Medians in milliseconds of the stages that latency estimators predict."""
+        return tuple(map(time_column, self.cost_model.stages))
+
+    @property
+    def time_columns(self) -> tuple[str, ...]:
+        """Medians in milliseconds of all stages of a request, each followed by the column `<stage>_spread`."""
+        return ("controller_ms", *map(time_column, self.stage_names), time_column(DECODE))
+
+    @cached_property
+    def features(self) -> Features:
+        """
+        All columns with their types.
+
+        Raises:
+            ValueError: If a knob, a count or a stage has the name of another column.
+        """
+        dtypes = [
+            ("sample_id", "string"),
+            *((knob.name, knob.dtype) for knob in self.knob_space.knobs),
+            *((name, "int32") for name in (*self.cost_model.count_names, "output_tokens")),
+            *((name, "float64") for time in self.time_columns for name in (time, f"{time}_spread")),
+            ("decode_ms", None),
+            ("prefill_lengths", None),
+            ("num_repeats", "int32"),
+            ("repeats_disagree", "bool"),
+            *((name, "string") for name in MACHINE_COLUMNS),
+        ]
+        names = [name for name, _ in dtypes]
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise ValueError(f"profiles would have two columns `{repeated[0]}`: rename the knob, count or stage.")
+        lists = {"decode_ms": List(Value("float64")), "prefill_lengths": List(Value("int32"))}
+        return Features({name: lists[name] if dtype is None else Value(dtype) for name, dtype in dtypes})
+
+    @property
+    def nullable_columns(self) -> tuple[str, ...]:
+        """
+        Columns that may be null: what a measurement that was made elsewhere may not know, and the decode time where the
+        answer ended with its first token.
+        """
+        times = [
+            name for name in self.time_columns if name not in self.predicted_columns or name == time_column(DECODE)
+        ]
+        spreads = (f"{name}_spread" for name in self.time_columns)
+        return (*times, "decode_ms", *spreads, "prefill_lengths", "num_repeats", "repeats_disagree")
 
 
 def make_profile(rows: Sequence[Mapping[str, Any]], name: str = "the profile") -> Dataset:
@@ -88,8 +143,9 @@ def make_profile(rows: Sequence[Mapping[str, Any]], name: str = "the profile") -
 
     Args:
         rows (`Sequence[Mapping[str, Any]]`):
-            One mapping a measurement, with the columns of `PROFILE_FEATURES`. Those of `NULLABLE_COLUMNS` may be None or
-            left out; those of `MACHINE_COLUMNS` may be `UNKNOWN` (`"unknown"`).
+            One mapping a measurement, with the columns of [`~latency.profile_table.ProfileSchema`] that its machine
+            columns ask for. Nullable ones may be None or left out; those of `MACHINE_COLUMNS` but `executor_type` and
+            `knob_space` may be `UNKNOWN` (`"unknown"`).
         name (`str`, *optional*, defaults to `"the profile"`):
             What to call it in errors.
 
@@ -100,12 +156,13 @@ def make_profile(rows: Sequence[Mapping[str, Any]], name: str = "the profile") -
         ValueError: If a row has a column that profiles do not have, or the table is not a profile, see
             [`~latency.profile_table.check_profile`].
     """
+    features = ProfileSchema.of(rows, name).features
     for number, row in enumerate(rows):
-        unknown = [column for column in row if column not in PROFILE_FEATURES]
+        unknown = [column for column in row if column not in features]
         if unknown:
             raise ValueError(f"{name} has unknown columns {unknown} in row {number}: leave them out.")
-    columns = {column: [row.get(column) for row in rows] for column in PROFILE_FEATURES}
-    profile = Dataset.from_dict(columns, features=PROFILE_FEATURES)
+    columns = {column: [row.get(column) for row in rows] for column in features}
+    profile = Dataset.from_dict(columns, features=features)
     check_profile(profile, name)
     return profile
 
@@ -128,14 +185,14 @@ def save_profile(profile: Dataset, folder: str | Path) -> Path:
 
 def load_profile(path: str | Path) -> Dataset:
     """
-    Reads a profile. Columns that a file of an earlier version lacks are null or, of the machine, `"unknown"`.
+    Reads a profile.
 
     Args:
         path (`str` or `Path`):
             Folder that `joint-controller profile` wrote, or its Parquet file.
 
     Returns:
-        [`~datasets.Dataset`]: see [`~latency.profile_executor`] for its columns.
+        [`~datasets.Dataset`]: see [`~latency.profiling.profile_executor`] for its columns.
 
     Raises:
         FileNotFoundError: If there is no profile.
@@ -150,25 +207,18 @@ def load_profile(path: str | Path) -> Dataset:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"'{file}' is not a Parquet file ({error}): give a profile's folder or file.") from error
     name = f"profile '{file}'"
-    schema = PROFILE_FEATURES.arrow_schema
-    for column in _LATER_COLUMNS:
-        if column not in table.column_names:
-            value = UNKNOWN if column in MACHINE_COLUMNS else None
-            table = table.append_column(
-                schema.field(column), [pyarrow.array([value] * len(table), schema.field(column).type)]
-            )
-    _check_columns(table.column_names, name)
+    _check_columns(table.column_names, MACHINE_COLUMNS, name)
+    schema = ProfileSchema.of(table.slice(0, 1).to_pylist(), name).features.arrow_schema
+    _check_columns(table.column_names, schema.names, name)
     try:
         profile = Dataset(table.select(schema.names).cast(schema))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{name} has a column of another type ({error}): make it again with `joint-controller profile`."
-        ) from error
+        raise ValueError(f"{name} has a column of another type ({error}): {_REMEDY}.") from error
     check_profile(profile, name)
     return profile
 
 
-def check_profile(profile: Dataset, name: str = "the profile"):
+def check_profile(profile: Dataset, name: str = "the profile") -> ProfileSchema:
     """
     Makes sure that a table is a profile.
 
@@ -178,49 +228,59 @@ def check_profile(profile: Dataset, name: str = "the profile"):
         name (`str`, *optional*, defaults to `"the profile"`):
             What to call it in errors.
 
+    Returns:
+        [`~latency.profile_table.ProfileSchema`]: its columns.
+
     Raises:
-        ValueError: If a column is missing, there is no row, a value is null that must not be, or a time or count is not
-            positive.
+        ValueError: If a column is missing, there is no row, a value is null that must not be, a knob value is not in the
+            knob space, or a time or count is not positive.
     """
-    _check_columns(profile.column_names, name)
-    if len(profile) == 0:
-        raise ValueError(f"{name} holds no measurement: make it again with `joint-controller profile`.")
-    for column in PROFILE_FEATURES:
+    _check_columns(profile.column_names, MACHINE_COLUMNS, name)
+    schema = ProfileSchema.of(profile, name)
+    _check_columns(profile.column_names, schema.features, name)
+    for column in schema.features:
         values = profile[column][:]
-        if column not in NULLABLE_COLUMNS and None in values:
-            known = f" Give '{UNKNOWN}' where nobody knows." if column in MACHINE_COLUMNS else ""
+        if None in values and column not in schema.nullable_columns:
+            known = f" Give '{UNKNOWN}' where it is not known." if column in MACHINE_COLUMNS else ""
             raise ValueError(
                 f"{name} has no `{column}` in row {values.index(None)}: every measurement needs one.{known}"
             )
-        if column in ("top_k", "num_blocks", "output_tokens", *COUNT_COLUMNS, *TIME_COLUMNS):
-            for row, value in enumerate(values):
-                if value is not None and not value > 0:
-                    raise ValueError(
-                        f"{name} has `{column}` {value} in row {row}: it must be above 0. Measure it again."
-                    )
+        if column in schema.knob_space.names:
+            allowed = schema.knob_space[column].values
+            wrong = [row for row, value in enumerate(values) if value not in allowed]
+            problem = f"its knob space has {list(allowed)}. Measure it again."
+        elif column in ("output_tokens", *schema.cost_model.count_names, *schema.time_columns):
+            wrong = [row for row, value in enumerate(values) if value is not None and not value > 0]
+            problem = "it must be above 0. Measure it again."
+        else:
+            continue
+        if wrong:
+            raise ValueError(f"{name} has `{column}` {values[wrong[0]]} in row {wrong[0]}: {problem}")
+    return schema
 
 
-def _check_columns(columns: Sequence[str], name: str):
-    missing = [column for column in PROFILE_FEATURES if column not in columns]
+def _check_columns(columns: Sequence[str], needed: Sequence[str] | Features, name: str):
+    missing = [column for column in needed if column not in columns]
     if missing:
-        raise ValueError(f"{name} lacks the columns {missing}: make it again with `joint-controller profile`.")
+        raise ValueError(f"{name} lacks the columns {missing}: {_REMEDY}.")
 
 
-def check_one_machine(profile: Dataset, name: str = "the profile"):
+def check_one_machine(*profiles: Dataset, name: str = "the profile"):
     """
-    Makes sure that all measurements are of one executor on one machine.
+    Makes sure that all measurements are of one executor on one machine. Several profiles may have measured different values
+    of its knobs.
 
     Raises:
         ValueError: If a machine column has several values.
     """
     for column in MACHINE_COLUMNS:
-        values = profile.unique(column)
-        if len(values) > 1:
+        values = list(dict.fromkeys(value for profile in profiles for value in profile.unique(column)))
+        if len(values) > 1 and (column != "knob_space" or len(profiles) == 1):
             raise ValueError(
                 f"{name} mixes measurements: `{column}` is {values[0]!r} in some rows and {values[1]!r} in others. "
                 "Take one executor on one machine at a time."
             )
-    if len({json.dumps(lengths) for lengths in profile["prefill_lengths"]}) > 1:
+    if len({json.dumps(lengths) for profile in profiles for lengths in profile["prefill_lengths"]}) > 1:
         raise ValueError(
             f"{name} mixes measurements: prompts are padded to other lengths (`prefill_lengths`) in some rows."
         )
@@ -228,4 +288,6 @@ def check_one_machine(profile: Dataset, name: str = "the profile"):
 
 def profile_settings(profile: Dataset) -> list[KnobSetting]:
     """The knob setting of each row."""
-    return [KnobSetting(*values) for values in zip(*(profile[knob] for knob in KNOB_COLUMNS), strict=True)]
+    names = ProfileSchema.of(profile).knob_space.names
+    columns = zip(*(profile[name] for name in names), strict=True)
+    return [KnobSetting(dict(zip(names, values, strict=True))) for values in columns]

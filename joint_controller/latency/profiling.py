@@ -11,21 +11,22 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..controller import RequestController
-from ..executor import ExecutorRequest, StageTimes
+from ..executor import DECODE, Executor, ExecutorRequest, StageTimes, executor_family
 from ..knobs import KnobSetting, KnobSpace
-from ..molmo.executor import MolmoExecutor
 from ..version import __version__
-from .configuration_latency_estimator import executor_shape
 from .profile_journal import JOURNAL_FILE, ProfileJournal
-from .profile_table import COUNT_COLUMNS, STAGE_COLUMNS, TIME_COLUMNS, UNKNOWN, make_profile
+from .profile_table import UNKNOWN, make_profile, time_column
+
+
+if TYPE_CHECKING:
+    from ..controller import RequestController
 
 
 CALIBRATION_REQUESTS = 6
@@ -41,7 +42,7 @@ DISAGREEMENT = 0.1
 
 def device_name(device: torch.device) -> str:
     """
-    Name of a device as it stands in profiles: the model of a GPU, or of the CPU with the number of threads that torch
+    Name of a device as profiles give it: the model of a GPU, or of the CPU with the number of threads that torch
     uses, e.g. `"AMD EPYC 7B13 (2 threads)"`.
     """
     if device.type == "cuda":
@@ -69,15 +70,18 @@ def driver_version(device: torch.device) -> str:
     return lines[0] if lines else UNKNOWN
 
 
-def executor_revision() -> str:
+def executor_revision(model_type: str) -> str:
     """
-    Version of the code that the latency depends on: the package's, and a digest of the sources of `executor/` and
-    `molmo/`, e.g. `"0.2.0+1f3b9c02a7d4"`.
+    Version of the code that the latency of a family's executors depends on: the package's, and a digest of the sources of
+    `executor/` and of the family, e.g. `"0.2.0+1f3b9c02a7d4"`.
     """
-    package = Path(__file__).parents[1]
+    folders = (Path(__file__).parents[1] / "executor", *executor_family(model_type).code_folders)
+    files = sorted(
+        (file.relative_to(folder.parent).as_posix(), file) for folder in folders for file in folder.rglob("*.py")
+    )
     digest = hashlib.sha256()
-    for file in sorted(file for room in ("executor", "molmo") for file in (package / room).rglob("*.py")):
-        digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    for name, file in files:
+        digest.update(f"{name}\n".encode() + file.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 
 
@@ -132,51 +136,52 @@ def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return float(median), float((upper - lower) / median)
 
 
-def _row(sample_id: str, setting: KnobSetting, repeats: Sequence[StageTimes]) -> dict[str, Any]:
-    row = {"sample_id": sample_id, **setting.to_dict()}
-    row.update({column: getattr(repeats[0], column) for column in (*COUNT_COLUMNS, "output_tokens")})
+def _row(
+    sample_id: str, setting: KnobSetting, repeats: Sequence[StageTimes], predicted: Sequence[str]
+) -> dict[str, Any]:
+    """A measurement as a row of the profile, without the columns of the machine."""
     # Kernels that round differently may end an answer at another token.
     num_steps = min(len(repeat.decode_ms) for repeat in repeats)
-    row["output_tokens"] = 1 + num_steps
-    times = {
-        column: [getattr(repeat, column) for repeat in repeats]
-        for column in TIME_COLUMNS
-        if column != "decode_ms_per_token"
-    }
+    row = {"sample_id": sample_id, **setting, **repeats[0].counts, "output_tokens": 1 + num_steps}
+    times = {time_column(stage): [repeat.stage_ms[stage] for repeat in repeats] for stage in repeats[0].stage_ms}
+    if repeats[0].controller_ms is not None:
+        times["controller_ms"] = [repeat.controller_ms for repeat in repeats]
     if num_steps > 0:
-        times["decode_ms_per_token"] = [float(np.median(repeat.decode_ms[:num_steps])) for repeat in repeats]
+        times[time_column(DECODE)] = [float(np.median(repeat.decode_ms[:num_steps])) for repeat in repeats]
         row["decode_ms"] = np.median([repeat.decode_ms[:num_steps] for repeat in repeats], axis=0).tolist()
     for column, values in times.items():
-        if None not in values:
-            row[column], row[f"{column}_spread"] = _median_and_spread(values)
+        row[column], row[f"{column}_spread"] = _median_and_spread(values)
     row["num_repeats"] = len(repeats)
-    row["repeats_disagree"] = any(row.get(f"{column}_spread", 0.0) > DISAGREEMENT for column in STAGE_COLUMNS)
+    row["repeats_disagree"] = any(row.get(f"{time_column(stage)}_spread", 0.0) > DISAGREEMENT for stage in predicted)
     return row
 
 
-def machine_of(executor: MolmoExecutor) -> dict[str, str]:
+def machine_of(executor: Executor) -> dict[str, str]:
     """What is measured on what: the columns `MACHINE_COLUMNS` of a profile."""
     return {
         "device_name": device_name(executor.device),
         "driver_version": driver_version(executor.device),
         "torch_version": torch.__version__,
-        "executor_dtype": str(executor.model.dtype).removeprefix("torch."),
+        "executor_dtype": executor.dtype,
         "executor_mode": executor.mode,
-        "executor_revision": executor_revision(),
+        "executor_revision": executor_revision(executor.model_type),
         "executor_fingerprint": executor.fingerprint,
-        "executor_shape": json.dumps(executor_shape(executor.model.config), sort_keys=True),
+        "executor_type": executor.model_type,
+        "executor_shape": json.dumps(executor.shape, sort_keys=True),
+        "knob_space": json.dumps(executor.knob_space.to_dict()),
+        "stage_names": json.dumps(executor.stage_names),
     }
 
 
 def profile_executor(
-    executor: MolmoExecutor,
+    executor: Executor,
     dataset: Dataset,
     settings: Sequence[KnobSetting] | None = None,
     repeats: int = 5,
     decode_steps: int | None = 4,
     num_measurements: int | None = None,
     time_limit_s: float | None = None,
-    controller: RequestController | None = None,
+    controller: "RequestController | None" = None,
     journal_folder: str | Path | None = None,
     seed: int = 42,
     progress: bool = True,
@@ -188,10 +193,10 @@ def profile_executor(
     kept, except where requests take longer than a second.
 
     Args:
-        executor ([`MolmoExecutor`]):
+        executor ([`Executor`]):
             The executor to measure.
         dataset ([`~datasets.Dataset`]):
-            Inputs: columns `sample_id`, `image`, `question`, `style`, see [`~latency.make_profile_inputs`] and
+            Inputs: columns `sample_id`, `image`, `question`, `style`, see [`~latency.profile_inputs.make_profile_inputs`] and
             [`~data.load_vqa_dataset`]. All rows are used, and held in memory.
         settings (`Sequence[KnobSetting]`, *optional*, defaults to all of the executor's knob space):
             Knob settings to measure, cheapest first.
@@ -205,7 +210,7 @@ def profile_executor(
             Seconds that the whole profile may take. A spread-out subset of settings × inputs is measured if the whole
             would take longer; the last repeats are left out if that was misjudged.
         controller ([`RequestController`], *optional*):
-            Controller whose stages are timed, too, see [`MolmoExecutor.time_request`].
+            Controller whose stages are timed, too, see [`Executor.time_request`].
         journal_folder (`str` or `Path`, *optional*):
             Folder in which timings are kept until the profile is whole (`timings.jsonl`). If it holds those of the same
             profile, which was interrupted, they are not taken again.
@@ -215,15 +220,15 @@ def profile_executor(
             Whether to print the plan and show a progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: one row a measurement: `sample_id`, the setting (`tier`, `top_k`, `num_blocks`), counts
-        (`num_views`, `vision_tokens`, `text_tokens`, `output_tokens`), medians in milliseconds (`controller_ms`,
-        `image_processing_ms`, `vision_ms`, `llm_prefill_ms`, `decode_ms_per_token`: the median of the steps), for each of
-        them its interquartile range as a share of the median (`vision_ms_spread`, …), `decode_ms` (the median of each
-        step), `prefill_lengths` (what prompts are padded to; null: they are not), `num_repeats`, `repeats_disagree` (a
-        spread of vision, prefill or decode is above 10 %), and the machine
-        (`device_name`, `driver_version`, `torch_version`, `executor_dtype`, `executor_mode`, `executor_revision`,
-        `executor_fingerprint`, `executor_shape` as JSON). Rows stand in the order in which measurements were chosen: the
-        first so many are spread out, whatever their number.
+        [`~datasets.Dataset`]: one row a measurement: `sample_id`, the setting (a column a knob), the executor's counts,
+        `output_tokens`, medians in milliseconds (`controller_ms`, `<stage>_ms` of each of the executor's stages,
+        `decode_ms_per_token`: the median of the steps), for each of them its interquartile range as a share of the median
+        (`controller_ms_spread`, …), `decode_ms` (the median of each step), `prefill_lengths` (what prompts are padded to;
+        null: they are not), `num_repeats`, `repeats_disagree` (a spread of a stage that is predicted is above 10 %), and
+        the machine (`device_name`, `driver_version`, `torch_version`, `executor_dtype`, `executor_mode`,
+        `executor_revision`, `executor_fingerprint`, `executor_type`, and as JSON `executor_shape`, `knob_space`,
+        `stage_names`). Rows are in the order in which measurements were chosen: the first n are spread out, whatever
+        n is.
 
     Raises:
         ValueError: If there is no input, a number is below 1, the time limit is over before anything was measured, or the
@@ -240,12 +245,13 @@ def profile_executor(
     inputs = dataset.select_columns(["sample_id", "image", "question", "style"])[:]
     inputs = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
     pairs = _plan_pairs(settings, len(inputs), seed)[:num_measurements]
+    costs = executor_family(executor.model_type).cost_model(executor.shape, None, executor.knob_space.names)
     machine = machine_of(executor)
     if executor.prefill_lengths is not None:
         machine["prefill_lengths"] = list(executor.prefill_lengths)
     plan = {
         **machine,
-        "settings": [list(setting.to_dict().values()) for setting in settings],
+        "settings": [list(setting.values()) for setting in settings],
         "inputs": [one["sample_id"] for one in inputs],
         "has_controller": controller is not None,
         "seed": seed,
@@ -321,7 +327,7 @@ def profile_executor(
         for index, (setting, position) in enumerate(pairs[: journal.num_measurements]):
             times = [journal.timings[index, repeat] for repeat in range(repeats) if (index, repeat) in journal.timings]
             if times:
-                rows.append({**_row(inputs[position]["sample_id"], setting, times), **machine})
+                rows.append({**_row(inputs[position]["sample_id"], setting, times, costs.stages), **machine})
     if not rows:
         raise ValueError(f"the time limit of {time_limit_s} s was over before anything was measured: allow more.")
     profile = make_profile(rows)

@@ -3,18 +3,13 @@
 import itertools
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from .configuration_latency_estimator import LatencyEstimatorConfig
-from .fit_report import PARTS, errors, report_errors
 from .fitting import (
-    HeldOut,
     StageData,
     calibrate_quantiles,
     estimator_config,
@@ -26,8 +21,9 @@ from .fitting import (
     profile_columns,
     stage_data,
 )
-from .modeling_latency_estimator import LatencyEstimatorModel, learned_factor
-from .profile_table import MACHINE_COLUMNS, profile_settings
+from .held_out import HeldOut, errors, report_errors
+from .modeling_latency_estimator import LatencyEstimatorModel, differing_sizes, learned_factor
+from .profile_table import PROVENANCE_COLUMNS, profile_settings
 
 
 RECALIBRATION_SIZES = (10, 25, 50)
@@ -41,6 +37,7 @@ _FOLDS = 5
 _REWEIGHTINGS = 4
 
 
+@torch.no_grad()
 def recalibrate(
     base: LatencyEstimatorModel, profile: Dataset, rows: Sequence[int] | None = None
 ) -> LatencyEstimatorModel:
@@ -51,7 +48,7 @@ def recalibrate(
 
     Args:
         base ([`LatencyEstimatorModel`]):
-            An estimator of version 2.
+            A fitted estimator.
         profile ([`~datasets.Dataset`]):
             Measurements of one executor on one machine.
         rows (`Sequence[int]`, *optional*):
@@ -61,15 +58,13 @@ def recalibrate(
         [`LatencyEstimatorModel`]: without upper quantiles, see [`~latency.recalibration.fit_recalibration`].
 
     Raises:
-        ValueError: If the base estimator is of version 1 or not fitted, the profile cannot be fitted to, or it is of an
-            executor of other sizes, or there are fewer than two measurements with a decode step.
+        ValueError: If the profile cannot be fitted to, it is of an executor of another family or of other sizes, or there
+            are fewer than two measurements with a decode step.
     """
     config = estimator_config(profile, base.config.num_units)
     _check_base(base, config)
     rows = list(range(len(profile))) if rows is None else list(rows)
-    config.recalibrated_from = {
-        name: getattr(base.config, name) for name in MACHINE_COLUMNS if name != "executor_shape"
-    }
+    config.recalibrated_from = {name: getattr(base.config, name) for name in PROVENANCE_COLUMNS}
     model = LatencyEstimatorModel(config)
     for stage, data in stage_data(profile_columns(profile), rows, model).items():
         if len(data.measured_ms) < 2:
@@ -86,20 +81,15 @@ def recalibrate(
 
 
 def _check_base(base: LatencyEstimatorModel, config: LatencyEstimatorConfig) -> None:
-    if base.config.formula_version != 2:
-        raise ValueError(
-            "the base estimator is of an earlier version: fit it again with `joint-controller fit-latency`."
-        )
     shapes = base.config.executor_shape, config.executor_shape
-    if None not in shapes and shapes[0] != shapes[1]:
-        differing = [
-            f"{name} {shapes[0][name]} there, {size} here"
-            for name, size in shapes[1].items()
-            if shapes[0][name] != size
-        ]
+    types = base.config.executor_type, config.executor_type
+    if types[0] != types[1]:
+        differing = f"model type '{types[0]}' there, '{types[1]}' here"
+    else:
+        differing = "" if None in shapes else differing_sizes(*shapes)
+    if differing:
         raise ValueError(
-            f"the base estimator was fitted on another executor ({'; '.join(differing)}): hardware can be changed, the "
-            "executor cannot."
+            f"the base estimator was fitted on another executor ({differing}): hardware can be changed, the executor cannot."
         )
 
 
@@ -157,7 +147,7 @@ def fit_recalibration(
         `tuple[LatencyEstimatorModel, HeldOut]`: the estimator, whose error is in `config.held_out`, and what was held out.
 
     Raises:
-        ValueError: As [`~latency.recalibrate`], or if the profile has too few settings or inputs to hold some out.
+        ValueError: As [`~latency.recalibration.recalibrate`], or if the profile has too few settings or inputs to hold some out.
     """
     model = recalibrate(base, profile)
     folds = held_out_folds(profile, num_folds, seed)
@@ -191,20 +181,20 @@ def recalibration_errors(
             Seed of the draws.
 
     Returns:
-        `dict[str, Any]`: `without`, the errors ([`~latency.fit_report.errors`]) of `"prefill"`, `"decode"` and `"total"`
+        `dict[str, Any]`: `without`, the errors ([`~latency.held_out.errors`]) of `"prefill"`, `"decode"` and `"total"`
         by the base estimator as it is, over the whole profile; `by_size`, for each number of measurements (a string) and
         each of the three the mean of the draws' `mape`, the `largest_mape`, and `mape_without`: that of the base estimator
         on the same measurements. A number that leaves fewer than five measurements to test on has None in their place.
         `draws` and `num_measurements`.
 
     Raises:
-        ValueError: As [`~latency.recalibrate`], or if a number is below 2.
+        ValueError: As [`~latency.recalibration.recalibrate`], or if a number is below 2.
     """
     if min(sizes) < 2:
         raise ValueError(f"the recalibration sizes {list(sizes)} hold a number below 2.")
     _check_base(base, estimator_config(profile, base.config.num_units))
     columns = profile_columns(profile)
-    measured = measured_parts(columns)
+    measured = measured_parts(columns, base)
     everything = list(range(len(profile)))
     without = predicted_parts(base, columns, everything)
     settings, inputs = profile_settings(profile), profile["sample_id"][:]
@@ -256,61 +246,3 @@ def _split(
         if len(inside) >= size and len(tested) >= 5:
             return generator.sample(inside, size), tested
     return None
-
-
-def format_recalibration_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """
-    The errors of [`~latency.recalibration_errors`] as a table: measurements, then the MAPE of prefill, decode and the whole
-    request, the mean over draws with the largest in brackets; without recalibration first.
-    """
-    rows = [("none", *(_share(report["without"][part]["mape"]) for part in PARTS))]
-    for size, parts in report["by_size"].items():
-        cells = [
-            _share(found["mape"]) + (f" ({_share(found['largest_mape'])})" if found["mape"] is not None else "")
-            for found in (parts[part] for part in PARTS)
-        ]
-        rows.append((size, *cells))
-    return rows
-
-
-RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE, {part}" for part in PARTS))
-"""Headings of [`~latency.recalibration.format_recalibration_rows`]."""
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def plot_recalibration(report: dict[str, Any], folder: str | Path) -> Path:
-    """
-    Draws the error of recalibration against the number of measurements (`recalibration.png`).
-
-    Args:
-        report (`dict[str, Any]`):
-            What [`~latency.recalibration_errors`] returns.
-        folder (`str` or `Path`):
-            Folder for the picture; it is made if needed.
-
-    Returns:
-        `Path`: the picture.
-    """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (part, label) in enumerate(PARTS.items()):
-        sizes = [size for size, parts in report["by_size"].items() if parts[part]["mape"] is not None]
-        means = [100 * report["by_size"][size][part]["mape"] for size in sizes]
-        largest = [100 * report["by_size"][size][part]["largest_mape"] for size in sizes]
-        numbers = [int(size) for size in sizes]
-        axes.plot(numbers, means, color=f"C{index}", marker="o", label=label)
-        axes.fill_between(numbers, means, largest, color=f"C{index}", alpha=0.15)
-        without = report["without"][part]["mape"]
-        if without is not None:
-            axes.axhline(100 * without, color=f"C{index}", linestyle=":", label=f"{label}, without: {_share(without)}")
-    axes.set(xlabel="measurements to recalibrate with", ylabel="MAPE on other settings and inputs (%)", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
-    axes.legend(fontsize=8)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "recalibration.png", dpi=110)
-    return folder / "recalibration.png"

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
-from .configuration_latency_estimator import LatencyEstimatorConfig, executor_shape
+from ..executor import Executor
+from .configuration_latency_estimator import LatencyEstimatorConfig
 
 
 SHIPPED_ESTIMATORS = Path(__file__).parents[1] / "assets" / "latency"
@@ -12,7 +11,7 @@ SHIPPED_ESTIMATORS = Path(__file__).parents[1] / "assets" / "latency"
 
 
 def shipped_estimator_names() -> list[str]:
-    """Names of the estimators that ship with the package, which stand for their folders: `"molmoe_1b_h200"`."""
+    """Names of the estimators that ship with the package, which stand for their folders: `"embedded_cpu"`, …"""
     return sorted(path.parent.name for path in SHIPPED_ESTIMATORS.glob("*/config.json"))
 
 
@@ -32,20 +31,21 @@ def embedded_latency_estimator_path() -> Path:
     return path
 
 
-def shipped_latency_estimators(config: PreTrainedConfig) -> dict[str, Path]:
+def shipped_latency_estimators(executor: Executor) -> dict[str, Path]:
     """
-    The estimators that ship with the package for an executor of these sizes.
+    The estimators that ship with the package for an executor of this family and these sizes.
 
     Args:
-        config ([`MolmoConfig`]):
-            Configuration of the executor's model.
+        executor ([`Executor`]):
+            The executor.
 
     Returns:
         `dict[str, Path]`: folder of the estimator, by the name of the device that it was fitted on, e.g. `"NVIDIA H200"`.
     """
-    shape = executor_shape(config)
-    configs = {
-        path.parent: LatencyEstimatorConfig.from_pretrained(path.parent)
-        for path in SHIPPED_ESTIMATORS.glob("*/config.json")
+    folders = [SHIPPED_ESTIMATORS / name for name in shipped_estimator_names()]
+    configs = {folder: LatencyEstimatorConfig.from_pretrained(folder) for folder in folders}
+    return {
+        config.device_name: folder
+        for folder, config in configs.items()
+        if (config.executor_type, config.executor_shape) == (executor.model_type, executor.shape)
     }
-    return {config.device_name: folder for folder, config in sorted(configs.items()) if config.executor_shape == shape}

@@ -58,7 +58,8 @@ class MolmoConfig(PreTrainedConfig):
         overlap_margins (`list[int]`, *optional*, defaults to `[4, 4]`):
             Patches that a crop shares with its left (upper) and right (lower) neighbour.
         knob_space (`dict`, *optional*):
-            Knob values that suit this checkpoint, as in `KnobSpace.to_dict()`. `None` leaves them to `KnobSpace`.
+            Knob values that suit this checkpoint, as in `KnobSpace.to_dict()`. `None` leaves them to
+            [`~molmo.knob_space.molmo_knob_space`].
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the connector's initial weights.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
@@ -12,7 +12,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import ImagesKwargs
 
-from ..knobs import DEFAULT_TIER_CROPS
+from ..images import convert_to_rgb, oriented_size
+from .knob_space import DEFAULT_TIER_CROPS
 
 
 DROPPED_POSITION = -100
@@ -489,21 +490,6 @@ class MolmoImageProcessor(BaseImageProcessor):
         return canvas, row_pixels[:, None] * column_pixels[None, :] / patch**2
 
 
-def oriented_size(image: Image.Image) -> tuple[int, int]:
-    """
-    Width and height of an image as its EXIF orientation says that it is to be seen.
-
-    Args:
-        image (`PIL.Image.Image`):
-            The image, whose pixels are not read.
-    """
-    width, height = image.size
-    # Orientations 5 to 8 of the EXIF standard lay the image on its side.
-    if image.getexif().get(0x0112, 1) >= 5:
-        return height, width
-    return width, height
-
-
 def _tilings(max_crops: int) -> list[tuple[int, int]]:
     """All (rows, columns) of at most `max_crops` crops, those of fewer crops first, then those of fewer rows."""
     tilings = [(rows, columns) for rows in range(1, max_crops + 1) for columns in range(1, max_crops // rows + 1)]
@@ -514,43 +500,6 @@ def _covered_pixels(start: int, length: int, num_patches: int, patch: int) -> to
     """Pixels of each patch along one axis, out of `patch`, that lie in [start, start + length)."""
     edges = torch.arange(num_patches + 1) * patch
     return edges.clamp(start, start + length).diff().float()
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """
-    Any PIL image as plain RGB pixels, as it is to be seen: turned as its EXIF orientation says, transparent pixels on
-    white, of an animation the frame that is selected. Gray levels of 16 bits are scaled to 8 (Pillow would clip them).
-    What it returns is not changed by a second call.
-
-    Args:
-        image (`PIL.Image.Image`):
-            Image of any mode but floating point and Lab. Mode `"I"` is what Pillow makes of some files of 16 bits, so its
-            pixels must be from 0 to 65,535.
-
-    Raises:
-        ValueError: If the pixels have no defined range: floating-point numbers, integers of more than 16 bits, Lab.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _scale_16_bits(image).convert("RGB")
-    if image.mode in ("F", "LAB"):
-        raise ValueError(f"its pixels have the mode {image.mode}, which has no one meaning in RGB")
-    if image.has_transparency_data:
-        # What a transparent pixel hides is arbitrary, often black: the model is shown what a white page would show.
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _scale_16_bits(image: Image.Image) -> Image.Image:
-    """Gray levels from 0 to 65,535 as the nearest of 256; those of the transparent level, if there is one, as white."""
-    levels = np.asarray(image).astype(np.int32)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError(f"its gray levels run from {levels.min()} to {levels.max()}, which is more than 16 bits")
-    scaled = (levels + 128) // 257
-    if "transparency" in image.info:
-        scaled[levels == image.info["transparency"]] = 255
-    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def _to_rgb_tensor(image: Image.Image) -> torch.Tensor:

@@ -12,9 +12,12 @@ and L tokens a sequence:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import Cache, CLIPVisionConfig, DynamicCache, GenerationMixin, OlmoeConfig, PreTrainedModel
 from transformers import initialization as init
@@ -23,10 +26,14 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.olmoe.modeling_olmoe import OlmoeModel, OlmoePreTrainedModel
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_molmo import MolmoConfig
+
+
+# What the KV cache is called by transformers' layers, masks and outputs, and by `generate` when it calls the model.
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 class MolmoPreTrainedModel(PreTrainedModel):
@@ -37,7 +44,7 @@ class MolmoPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["OlmoeDecoderLayer", "CLIPEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -230,7 +237,7 @@ class MolmoTextModel(OlmoeModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         active_blocks: Sequence[int] | None = None,
         top_k: int | None = None,
@@ -241,22 +248,25 @@ class MolmoTextModel(OlmoeModel):
 
         Returns:
             [`~transformers.modeling_outputs.MoeModelOutputWithPast`] with hidden states of shape `(B, L, width)`.
+
+        Raises:
+            RuntimeError: If a decoder layer ran without adding to the cache.
         """
         if active_blocks is None:
             active_blocks = range(self.config.num_hidden_layers)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        if use_cache and cache is None:
+            cache = DynamicCache()
         if position_ids is None:
-            position_ids = _position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = _position_ids(inputs_embeds, attention_mask, cache)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        cache = None if past_key_values is None else _ActiveBlockCache(past_key_values, active_blocks)
+        block_cache = None if cache is None else _ActiveBlockCache(cache, active_blocks)
         hidden_states = inputs_embeds
         with self.experts_per_token(top_k):
             for block in active_blocks:
@@ -264,12 +274,14 @@ class MolmoTextModel(OlmoeModel):
                     hidden_states,
                     attention_mask=causal_mask,
                     position_ids=position_ids,
-                    past_key_values=cache,
                     use_cache=use_cache,
                     position_embeddings=position_embeddings,
+                    **{CACHE_NAME: block_cache},
                     **kwargs,
                 )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if block_cache is not None:
+            block_cache.check_use()
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     @contextmanager
     def experts_per_token(self, top_k: int | None) -> Iterator[None]:
@@ -294,21 +306,38 @@ class _ActiveBlockCache:
     def __init__(self, cache: Cache, active_blocks: Sequence[int]):
         self._cache = cache
         self._slots = {block: slot for slot, block in enumerate(active_blocks)}
+        self._unused = set(active_blocks)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._unused.discard(layer_idx)
         return self._cache.update(key_states, value_states, self._slots[layer_idx], *args, **kwargs)
+
+    def check_use(self):
+        """
+        A decoder layer swallows arguments that it does not know. One that did not take the cache has attended to
+        nothing but the tokens of this call, and every later token would be wrong without any other sign of it.
+
+        Raises:
+            RuntimeError: If an active block did not update the cache.
+        """
+        if self._unused:
+            raise RuntimeError(
+                f"decoder blocks {sorted(self._unused)} did not use the KV cache that they were given as "
+                f"`{CACHE_NAME}`: transformers {transformers.__version__} is not supported, or gradient checkpointing "
+                "is on, which excludes a cache."
+            )
 
 
 def _position_ids(
-    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
 ) -> torch.LongTensor:
     """Positions that count real tokens only, so that left padding changes nothing: shape `(B or 1, L)`."""
     length = inputs_embeds.shape[1]
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     return torch.arange(past, past + length, device=inputs_embeds.device)[None]
 
 
@@ -355,7 +384,7 @@ class MolmoModel(MolmoPreTrainedModel):
         batch_size, num_views = pixel_values.shape[:2]
         views = pixel_values.flatten(0, 1)
         outputs = self.vision_tower(views)
-        # The class token stands first and is not used.
+        # The class token comes first and is not used.
         features = torch.cat([outputs[layer][:, 1:] for layer in self.vit_layers], dim=-1)
         features = features.masked_fill(is_padding_view(views)[:, None, None], 0.0)
         masks = None if image_masks is None else image_masks.flatten(0, 1)
@@ -397,22 +426,33 @@ class MolmoModel(MolmoPreTrainedModel):
         image_input_idx: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         active_blocks: Sequence[int] | None = None,
         top_k: int | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """Arguments are those of [`MolmoForConditionalGeneration.forward`]; returns hidden states instead of logits."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and image_features is not None:
             raise ValueError("give at most one of `pixel_values` and `image_features` (which replace the former).")
+        # Layers ignore what they do not know: a cache under a name of its own would be lost in silence.
+        unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - {"return_dict"}
+        if unknown:
+            raise TypeError(f"the model does not take the arguments {sorted(unknown)}.")
         self.check_knobs(active_blocks, top_k)
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
+        if cache is None and attention_mask is not None and attention_mask.dim() == 2:
+            num_tokens, covered = inputs_embeds.shape[1], attention_mask.shape[1]
+            if num_tokens != covered:
+                raise ValueError(
+                    f"`attention_mask` covers {covered} tokens, but {num_tokens} are given and no `cache` that holds "
+                    "the others."
+                )
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, image_masks)
         if image_features is not None:
@@ -423,7 +463,7 @@ class MolmoModel(MolmoPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             active_blocks=active_blocks,
             top_k=top_k,
@@ -455,7 +495,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
     Example:
 
     ```python
-    >>> from joint_controller import MolmoForConditionalGeneration, MolmoProcessor
+    >>> from joint_controller.molmo import MolmoForConditionalGeneration, MolmoProcessor
 
     >>> model = MolmoForConditionalGeneration.from_pretrained("path/to/MolmoE-1B-0924")
     >>> processor = MolmoProcessor.from_pretrained("path/to/MolmoE-1B-0924")
@@ -546,7 +586,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         image_input_idx: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         active_blocks: Sequence[int] | None = None,
@@ -554,7 +594,8 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""
         Args:
@@ -571,7 +612,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
                 0 for padding tokens, of shape `(B, past + L)`; or a ready 4D mask of shape `(B, 1, L, past + L)`.
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Positions; by default real tokens are counted from 0.
-            past_key_values ([`~transformers.Cache`], *optional*):
+            cache ([`~transformers.Cache`], *optional*):
                 Keys and values of earlier tokens. Holds entries of the active blocks only, so it belongs to one choice
                 of `active_blocks`.
             inputs_embeds (`torch.Tensor` of shape `(B, L, width)`, *optional*):
@@ -586,16 +627,24 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Tokens to predict, -100 where none is; gives a loss.
             use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`.
+                Whether to keep keys and values, and to return them as `cache` (before transformers 5.24, as
+                `past_key_values`).
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits of that many last positions only (0: of all), or of the positions given.
+            past_key_values ([`~transformers.Cache`], *optional*):
+                The name of `cache` before transformers 5.24, whose `generate` uses it.
 
         Returns:
             [`~transformers.modeling_outputs.MoeCausalLMOutputWithPast`] with logits of shape `(B, kept, vocab_size)`.
 
         Raises:
             ValueError: If `active_blocks` or `top_k` are outside what the model has, or inputs contradict each other.
+            TypeError: If there are arguments that the model does not know.
         """
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("give at most one of `cache` and `past_key_values` (the former's older name).")
+            cache = past_key_values
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -603,7 +652,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             image_input_idx=image_input_idx,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             active_blocks=active_blocks,
@@ -619,15 +668,24 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and inputs.get("past_key_values") is not None:
+    def prepare_inputs_for_generation(
+        self, *args, use_cache: bool = True, is_first_iteration: bool = False, **kwargs
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            *args, use_cache=use_cache, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if use_cache and not is_first_iteration:
+            if inputs.get(CACHE_NAME) is None:
+                raise RuntimeError(
+                    f"`generate` did not hand the model its KV cache as `{CACHE_NAME}`: transformers "
+                    f"{transformers.__version__} is not supported."
+                )
             # The images are in the cache from the first step on.
             for name in ("pixel_values", "image_masks", "image_input_idx", "image_features"):
                 inputs.pop(name, None)

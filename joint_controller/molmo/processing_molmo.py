@@ -20,6 +20,19 @@ IMAGE_PROMPT_TOKEN = "<|image|>"
 IMAGE_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_COLUMN_TOKEN, IMAGE_PROMPT_TOKEN)
 """Names of the tokens of the additional vocabulary. Their ids differ between checkpoints."""
 
+PROMPT = " User: {style}: {question} Assistant:"
+"""The prompt of a question, in the published role format with a leading space."""
+
+PROMPT_STYLES = tuple(
+    """
+    a_okvqa_da a_okvqa_mc ai2_diagram ai2_diagram_no_letter chart_qa clocks coco_captioning count_then_point doc_qa dv_qa
+    figure_qa gqa info_qa long_caption ocr_vqa okvqa only_count pixmo_docs_charts pixmo_docs_diagrams pixmo_docs_other
+    pixmo_docs_tables plot_qa point_count point_qa pointing science_qa scifi_charts scifi_charts_qa scifi_diagram
+    scifi_document scifi_table st_qa synthetic_qa tabwmp_da tally_qa text_vqa transcript user_qa vqa2
+    """.split()
+)
+"""Answer styles of Molmo's published training code. Any other name means nothing to a checkpoint."""
+
 
 class MolmoProcessor(ProcessorMixin):
     r"""
@@ -75,7 +88,10 @@ class MolmoProcessor(ProcessorMixin):
             question (`str`):
                 The bare question.
             style (`str`, *optional*, defaults to `"vqa2"`):
-                Name of the answer style that the checkpoint was trained with.
+                Answer style: one of `PROMPT_STYLES`.
+
+        Raises:
+            ValueError: If Molmo does not know the style.
 
         Example:
 
@@ -84,7 +100,9 @@ class MolmoProcessor(ProcessorMixin):
         ' User: vqa2: Is there a star? Assistant:'
         ```
         """
-        return f" User: {style}: {question} Assistant:"
+        if style not in PROMPT_STYLES:
+            raise ValueError(f"`style` is {style!r}: Molmo was trained with {', '.join(PROMPT_STYLES)}.")
+        return PROMPT.format(style=style, question=question)
 
     def image_layout_ids(self, tiling: Sequence[int]) -> list[int]:
         """
@@ -171,7 +189,7 @@ class MolmoProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If there is no question, the numbers of questions, images, styles and tiers differ, or an image,
-                a tier or `max_crops` is not allowed.
+                a style, a tier or `max_crops` is not allowed.
         """
         if text is None or (not isinstance(text, str) and len(text) == 0):
             raise ValueError("`text` is empty: give at least one question.")
@@ -202,7 +220,7 @@ class MolmoProcessor(ProcessorMixin):
         batch = self.tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
         data = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **image_features}
         if images is not None:
-            # The image's first token stands behind the padding and the beginning-of-sequence token.
+            # The image's first token follows the padding and the beginning-of-sequence token.
             first = (batch["attention_mask"] == 0).sum(dim=1)[:, None, None] + 1
             positions = data["image_input_idx"]
             data["image_input_idx"] = positions.where(positions < 0, positions + first)

@@ -1,7 +1,9 @@
 """Recorded results as this package's tables: samples, outcomes, profile."""
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,20 @@ from datasets import Dataset, Features, Value
 from pyarrow import parquet
 
 from ..data.registry import VQA_DATASETS
-from ..data.schema import DEFAULT_METRIC, DEFAULT_QUESTION_TYPE, DEFAULT_STYLE, FEATURES
-from ..evaluation.scoring import score_answer
+from ..data.schema import FEATURES
 from ..knobs import KnobSetting, KnobSpace
-from ..latency import load_profile, make_profile, save_profile
-from ..latency.profile_table import MACHINE_COLUMNS, UNKNOWN
+from ..latency.profile_table import MACHINE_COLUMNS, UNKNOWN, load_profile, make_profile, save_profile
 from ..outcomes import Outcome, OutcomeStore
-from .original_layout import (
-    RecordedMeasurement,
-    dataset_name_of,
-    find_dataset_folders,
-    read_original_results,
-    tier_crops_of,
-)
+from .layout import dataset_name_of, find_dataset_folders, metric_of, read_original_results
 
+
+EXECUTOR_TYPE = "molmo"
+"""Model type of the executor that the original scripts measured."""
+COUNT_NAMES = ("num_views", "vision_tokens", "text_tokens")
+STAGE_NAMES = ("image_processing", "vision", "llm_prefill")
+"""Its stages up to the first output token."""
+STAGE_COLUMNS = ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")
+"""Columns of the profile with the stages that the original scripts measured."""
 
 SAMPLES_FILE = "samples.parquet"
 OUTCOMES_FOLDER = "outcomes"
@@ -81,14 +83,35 @@ class RecordedResults:
     missing_datasets: list[str] = field(default_factory=list)
 
     @property
+    def dataset_names(self) -> list[str]:
+        """Data sets that there are samples of."""
+        return list(dict.fromkeys(map(dataset_name_of_sample, self.samples["sample_id"][:])))
+
+    @property
     def unknown_datasets(self) -> list[str]:
         """Data sets that this package does not know: `vqa_accuracy` and the style `vqa2` were taken for them."""
         return [name for name in self.dataset_names if name not in VQA_DATASETS]
 
     @property
-    def dataset_names(self) -> list[str]:
-        """Data sets that there are samples of."""
-        return list(dict.fromkeys(dataset_name_of_sample(sample_id) for sample_id in self.samples["sample_id"][:]))
+    def oddities(self) -> list[str]:
+        """What is worth a warning, in words."""
+        lines = [
+            f"'{name}' is not a data set that this package knows: its answers are scored by {metric_of(name)}."
+            for name in self.unknown_datasets
+        ]
+        if self.missing_datasets:
+            lines.insert(0, f"There are no results of {', '.join(self.missing_datasets)}.")
+        if len(self.accuracy_differences):
+            lines.append(
+                f"{len(self.accuracy_differences)} recorded accuracies are not what the metric gives, which is used: "
+                f"`joint-controller import-results` lists them in {DIFFERENCES_FILE}."
+            )
+        return lines
+
+    def known_outcomes(self) -> list[Outcome]:
+        """The outcomes that were recorded, sample by sample."""
+        pairs = itertools.product(self.samples["sample_id"][:], self.knob_space)
+        return [self.outcomes.get(*pair) for pair in pairs if pair in self.outcomes]
 
     def missing_settings(self, knob_space: KnobSpace | None = None) -> dict[str, list[KnobSetting]]:
         """
@@ -102,12 +125,11 @@ class RecordedResults:
             `dict[str, list[KnobSetting]]`: The settings that were not recorded, by sample id; complete samples are not in
             it.
         """
-        settings = list(self.knob_space if knob_space is None else knob_space)
-        missing = {
-            sample_id: [setting for setting in settings if (sample_id, setting) not in self.outcomes]
-            for sample_id in self.samples["sample_id"][:]
-        }
-        return {sample_id: lacking for sample_id, lacking in missing.items() if lacking}
+        missing: dict[str, list[KnobSetting]] = {}
+        for sample_id, setting in itertools.product(self.samples["sample_id"][:], knob_space or self.knob_space):
+            if (sample_id, setting) not in self.outcomes:
+                missing.setdefault(sample_id, []).append(setting)
+        return missing
 
 
 def dataset_name_of_sample(sample_id: str) -> str:
@@ -133,7 +155,7 @@ def load_recorded_results(path: str | Path, dataset_names: Sequence[str] | None 
     Raises:
         FileNotFoundError: If the folder does not exist.
         ValueError: If a data set is unknown, none of them has results, or the results are broken (see
-            [`read_original_results`]).
+            [`read_original_results`]) or were imported by an earlier version.
     """
     path = Path(path)
     if (path / REPORT_FILE).is_file():
@@ -145,27 +167,55 @@ def import_original_results(
     results_dir: str | Path, dataset_names: Sequence[str] | None = None, machine: Mapping[str, str] | None = None
 ) -> RecordedResults:
     """
-    Reads a folder in the layout of the original scripts.
+    Reads a folder in the layout of the original scripts. Accuracies are computed again, by the metric of each data set.
 
     Args:
         results_dir (`str` or `Path`), dataset_names (`Sequence[str]`, *optional*):
             As in [`load_recorded_results`].
         machine (`Mapping[str, str]`, *optional*):
-            What is known of the machine and the executor: values of `MACHINE_COLUMNS` for the profile. The results
-            themselves do not tell.
+            What is known of the machine and the executor: machine columns of the profile. The results themselves do not
+            tell.
 
     Returns:
         [`RecordedResults`]
     """
     folders = find_dataset_folders(results_dir)
     chosen, missing = _choose_datasets(results_dir, list(folders), dataset_names)
-    measurements, digest = read_original_results({name: folders[name] for name in chosen})
-    results = tabulate(measurements, f"recorded-{digest}", machine)
-    results.missing_datasets = missing
-    return results
+    rows, space, digest = read_original_results({name: folders[name] for name in chosen})
+    store = OutcomeStore(None, f"recorded-{digest}", space)
+    store.add(
+        [
+            Outcome(
+                setting=KnobSetting({name: row[name] for name in space.names}),
+                counts={name: row[name] for name in COUNT_NAMES},
+                **{name: row[name] for name in ("sample_id", "answer", "accuracy", "output_tokens", "latency_ms")},
+            )
+            for row in rows
+        ]
+    )
+    of_all = {
+        **dict.fromkeys(MACHINE_COLUMNS, UNKNOWN),
+        "executor_type": EXECUTOR_TYPE,
+        "executor_fingerprint": store.executor_fingerprint,
+        "knob_space": json.dumps(space.to_dict()),
+        "stage_names": json.dumps(STAGE_NAMES),
+        "num_repeats": 1,
+        **(machine or {}),
+    }
+    columns = ("sample_id", *space.names, *COUNT_NAMES, "output_tokens", *STAGE_COLUMNS)
+    profile = [{name: row[name] for name in columns} | of_all for row in rows]
+    differing = [row for row in rows if abs(row["accuracy"] - row["recorded_accuracy"]) > ACCURACY_TOLERANCE]
+    return RecordedResults(
+        samples=_to_dataset({row["sample_id"]: row for row in rows}.values(), SAMPLE_FEATURES),
+        outcomes=store,
+        profile=make_profile(profile, "the recorded profile"),
+        knob_space=space,
+        accuracy_differences=_to_dataset(differing, DIFFERENCE_FEATURES),
+        missing_datasets=missing,
+    )
 
 
-def _choose_datasets(path: Path, there: list[str], wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def _choose_datasets(path: str | Path, there: list[str], wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Which of the data sets that are there to read, and which known ones are missing."""
     if wanted is None:
         return there, []
@@ -181,106 +231,7 @@ def _choose_datasets(path: Path, there: list[str], wanted: Sequence[str] | None)
     return chosen, missing
 
 
-def tabulate(
-    measurements: Sequence[RecordedMeasurement], fingerprint: str, machine: Mapping[str, str] | None = None
-) -> RecordedResults:
-    """
-    Turns measurements into tables. The accuracy of each answer is computed anew, by the metric of its data set.
-
-    Args:
-        measurements (`Sequence[RecordedMeasurement]`):
-            At least one.
-        fingerprint (`str`):
-            Stands for the executor that nobody knows: outcomes of other results must have another one.
-        machine (`Mapping[str, str]`, *optional*):
-            As in [`import_original_results`].
-
-    Returns:
-        [`RecordedResults`]
-    """
-    space = KnobSpace(
-        tier_crops_of(measurements),
-        top_k=tuple(sorted({measurement.setting.top_k for measurement in measurements})),
-        num_blocks=tuple(sorted({measurement.setting.num_blocks for measurement in measurements})),
-    )
-    metrics = {name: _metric_of(name) for name in dict.fromkeys(m.dataset_name for m in measurements)}
-    samples: dict[str, dict[str, Any]] = {}
-    outcomes: list[Outcome] = []
-    profile_rows: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
-    machine = {**dict.fromkeys(MACHINE_COLUMNS, UNKNOWN), **(machine or {}), "executor_fingerprint": fingerprint}
-    for measurement in measurements:
-        sample_id = f"{measurement.dataset_name}/recorded/{measurement.sample_number}"
-        entry = VQA_DATASETS.get(measurement.dataset_name)
-        samples.setdefault(
-            sample_id,
-            {
-                "sample_id": sample_id,
-                "image": None,
-                "question": measurement.question,
-                "answers": list(measurement.answers),
-                "style": DEFAULT_STYLE if entry is None else entry.style,
-                "metric": metrics[measurement.dataset_name],
-                "question_type": DEFAULT_QUESTION_TYPE,
-                "image_id": measurement.image_id,
-            },
-        )
-        accuracy = score_answer(metrics[measurement.dataset_name], measurement.answer, measurement.answers)
-        counts = {
-            "num_views": measurement.num_crops + 1,  # the crops and the global view
-            "vision_tokens": measurement.vision_tokens,
-            "text_tokens": measurement.text_tokens,
-            "output_tokens": measurement.output_tokens,
-        }
-        outcomes.append(
-            Outcome(
-                sample_id=sample_id,
-                setting=measurement.setting,
-                answer=measurement.answer,
-                accuracy=accuracy,
-                latency_ms=measurement.total_ms,
-                **counts,
-            )
-        )
-        profile_rows.append(
-            {
-                "sample_id": sample_id,
-                **measurement.setting.to_dict(),
-                **counts,
-                "vision_ms": measurement.vision_ms,
-                "llm_prefill_ms": measurement.llm_prefill_ms,
-                "decode_ms_per_token": measurement.decode_ms_per_token,
-                "num_repeats": 1,
-                **machine,
-            }
-        )
-        if abs(accuracy - measurement.accuracy) > ACCURACY_TOLERANCE:
-            differences.append(
-                {
-                    "sample_id": sample_id,
-                    **measurement.setting.to_dict(),
-                    "metric": metrics[measurement.dataset_name],
-                    "answer": measurement.answer,
-                    "recorded_accuracy": measurement.accuracy,
-                    "accuracy": accuracy,
-                }
-            )
-    store = OutcomeStore(None, fingerprint)
-    store.add(outcomes)
-    return RecordedResults(
-        samples=_to_dataset(list(samples.values()), SAMPLE_FEATURES),
-        outcomes=store,
-        profile=make_profile(profile_rows, "the recorded profile"),
-        knob_space=space,
-        accuracy_differences=_to_dataset(differences, DIFFERENCE_FEATURES),
-    )
-
-
-def _metric_of(dataset_name: str) -> str:
-    return VQA_DATASETS[dataset_name].metric if dataset_name in VQA_DATASETS else DEFAULT_METRIC
-
-
-def _to_dataset(rows: list[dict[str, Any]], features: Features) -> Dataset:
+def _to_dataset(rows: Collection[Mapping[str, Any]], features: Features) -> Dataset:
     return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
 
 
@@ -307,10 +258,8 @@ def save_recorded_results(results: RecordedResults, output_dir: str | Path) -> d
     output_dir.mkdir(parents=True, exist_ok=True)
     results.samples.to_parquet(output_dir / SAMPLES_FILE)
     save_profile(results.profile, output_dir)
-    store = OutcomeStore(output_dir / OUTCOMES_FOLDER, results.outcomes.executor_fingerprint)
-    ids = results.samples["sample_id"][:]
-    known = [results.outcomes.get(sample_id, setting) for sample_id in ids for setting in results.knob_space]
-    store.add([outcome for outcome in known if outcome is not None])
+    fingerprint = results.outcomes.executor_fingerprint
+    OutcomeStore(output_dir / OUTCOMES_FOLDER, fingerprint, results.knob_space).add(results.known_outcomes())
     if len(results.accuracy_differences):
         results.accuracy_differences.to_parquet(output_dir / DIFFERENCES_FILE)
     report = make_report(results)
@@ -325,23 +274,23 @@ def make_report(results: RecordedResults) -> dict[str, Any]:
     that samples lack (`missing_settings`); the data sets without results; the data sets that are not known.
     """
     datasets: dict[str, dict[str, Any]] = {}
-    accuracies: dict[str, list[float]] = {}
-    for sample in results.samples.remove_columns("image"):
-        name = dataset_name_of_sample(sample["sample_id"])
-        counts = datasets.setdefault(name, {"metric": sample["metric"], "num_samples": 0, "num_outcomes": 0})
-        counts["num_samples"] += 1
-        known = [results.outcomes.get(sample["sample_id"], setting) for setting in results.knob_space]
-        accuracies.setdefault(name, []).extend(outcome.accuracy for outcome in known if outcome is not None)
-    for name, counts in datasets.items():
+    num_samples = Counter(map(dataset_name_of_sample, results.samples["sample_id"][:]))
+    outcomes = results.known_outcomes()
+    for name in results.dataset_names:
+        accuracies = [outcome.accuracy for outcome in outcomes if dataset_name_of_sample(outcome.sample_id) == name]
         differences = [row for row in results.accuracy_differences if dataset_name_of_sample(row["sample_id"]) == name]
         differences.sort(key=lambda row: -abs(row["accuracy"] - row["recorded_accuracy"]))
-        counts["num_outcomes"] = len(accuracies[name])
-        counts["accuracy"] = sum(accuracies[name]) / len(accuracies[name])
-        counts["recorded_accuracy"] = counts["accuracy"] - sum(
-            row["accuracy"] - row["recorded_accuracy"] for row in differences
-        ) / len(accuracies[name])
-        counts["num_accuracy_differences"] = len(differences)
-        counts["largest_accuracy_differences"] = differences[:5]
+        excess = sum(row["accuracy"] - row["recorded_accuracy"] for row in differences)
+        accuracy = sum(accuracies) / len(accuracies)
+        datasets[name] = {
+            "metric": metric_of(name),
+            "num_samples": num_samples[name],
+            "num_outcomes": len(accuracies),
+            "accuracy": accuracy,
+            "recorded_accuracy": accuracy - excess / len(accuracies),
+            "num_accuracy_differences": len(differences),
+            "largest_accuracy_differences": differences[:5],
+        }
     return {
         "knob_space": results.knob_space.to_dict(),
         "executor_fingerprint": results.outcomes.executor_fingerprint,
@@ -349,51 +298,44 @@ def make_report(results: RecordedResults) -> dict[str, Any]:
         "datasets_without_results": results.missing_datasets,
         "unknown_datasets": results.unknown_datasets,
         "missing_settings": {
-            sample_id: [str(setting) for setting in settings]
-            for sample_id, settings in results.missing_settings().items()
+            sample_id: list(map(str, settings)) for sample_id, settings in results.missing_settings().items()
         },
     }
 
 
 def _load_imported(path: Path, dataset_names: Sequence[str] | None) -> RecordedResults:
-    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
-    chosen, missing = _choose_datasets(path, list(report["datasets"]), dataset_names)
+    try:
+        report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+        space = KnobSpace.from_dict(report["knob_space"])
+        fingerprint, there = report["executor_fingerprint"], list(report["datasets"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{path / REPORT_FILE}' is damaged or was written by an earlier version of this package ({error}): import the "
+            "results again."
+        ) from error
+    chosen, missing = _choose_datasets(path, there, dataset_names)
 
     def of_chosen(table: Dataset) -> Dataset:
-        ids = table["sample_id"][:]
-        return table.select([row for row, name in enumerate(map(dataset_name_of_sample, ids)) if name in chosen])
+        names = map(dataset_name_of_sample, table["sample_id"][:])
+        return table.select([row for row, name in enumerate(names) if name in chosen])
 
     differences = _to_dataset([], DIFFERENCE_FEATURES)
     if (path / DIFFERENCES_FILE).is_file():
-        differences = of_chosen(_read_parquet(path / DIFFERENCES_FILE, DIFFERENCE_FEATURES))
+        differences = of_chosen(_read_table(path / DIFFERENCES_FILE, DIFFERENCE_FEATURES))
     profile = of_chosen(load_profile(path))
     return RecordedResults(
-        samples=of_chosen(_read_parquet(path / SAMPLES_FILE, SAMPLE_FEATURES)),
-        outcomes=OutcomeStore(path / OUTCOMES_FOLDER, report["executor_fingerprint"]),
+        samples=of_chosen(_read_table(path / SAMPLES_FILE, SAMPLE_FEATURES)),
+        outcomes=OutcomeStore(path / OUTCOMES_FOLDER, fingerprint, space),
         profile=profile,
-        knob_space=_space_of(profile, report["knob_space"]["tier_crops"]),
+        knob_space=space.restrict({name: profile.unique(name) for name in space.names}),
         accuracy_differences=differences,
         missing_datasets=missing,
     )
 
 
-def _space_of(profile: Dataset, tier_crops: dict[str, Sequence[int]]) -> KnobSpace:
-    tiers = profile.unique("tier")
-    return KnobSpace(
-        {tier: crops for tier, crops in tier_crops.items() if tier in tiers},
-        top_k=tuple(sorted(profile.unique("top_k"))),
-        num_blocks=tuple(sorted(profile.unique("num_blocks"))),
-    )
-
-
-def _read_parquet(file: Path, features: Features) -> Dataset:
+def _read_table(file: Path, features: Features) -> Dataset:
     try:
         # Read as it is: `Dataset.from_parquet` keeps a second copy in a cache and has no word for an empty table.
-        table = parquet.read_table(file)
-    except (pyarrow.ArrowInvalid, FileNotFoundError) as error:
+        return Dataset(parquet.read_table(file).cast(features.arrow_schema))
+    except (ValueError, pyarrow.ArrowException, FileNotFoundError) as error:
         raise ValueError(f"'{file}' cannot be read ({error}): import the results again.") from error
-    if set(table.column_names) != set(features):
-        raise ValueError(
-            f"'{file}' has the columns {table.column_names} where {list(features)} were written: import the results again."
-        )
-    return Dataset(table.select(list(features)).replace_schema_metadata(None)).cast(features)

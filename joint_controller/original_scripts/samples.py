@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -49,8 +48,8 @@ def find_images(samples: Dataset, image_dir: str | Path) -> Dataset:
     defects: list[str | None] = []
     for sample_id, image_id in zip(samples["sample_id"], samples["image_id"], strict=True):
         name = dataset_name_of_sample(sample_id)
-        own = [folder for folder in (image_dir / name, image_dir / name.replace("_", "-")) if folder.is_dir()]
-        folder = own[0] if own else image_dir
+        candidates = (image_dir / name, image_dir / name.replace("_", "-"))
+        folder = next((candidate for candidate in candidates if candidate.is_dir()), image_dir)
         if folder not in found_in:
             found_in[folder] = _index_images(folder)
         files = [] if image_id is None else found_in[folder].get(_image_key(Path(image_id).stem), [])
@@ -104,16 +103,11 @@ def split_samples(samples: Dataset) -> dict[str, Dataset]:
         raise ValueError(
             f"{len(samples)} recorded sample(s) cannot be divided into {', '.join(SPLITS)}: record more of them."
         )
-    order = hash_order(samples["sample_id"][:])
+    digests = [hashlib.sha256(sample_id.encode()).digest() for sample_id in samples["sample_id"]]
+    order = sorted(range(len(samples)), key=digests.__getitem__)
     held_out = max(1, int(HELD_OUT_SHARE * len(samples)))
     return {
         "train": samples.select(order[2 * held_out :]),
         "validation": samples.select(order[:held_out]),
         "test": samples.select(order[held_out : 2 * held_out]),
     }
-
-
-def hash_order(sample_ids: Sequence[str]) -> list[int]:
-    """Row numbers in the order of the SHA-256 of the ids."""
-    digests = [hashlib.sha256(sample_id.encode()).digest() for sample_id in sample_ids]
-    return sorted(range(len(digests)), key=digests.__getitem__)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import run_script
-from .data_arguments import open_skipped_rows
-from .executor_arguments import load_executor_inputs
+from .data_arguments import check_splits, open_skipped_rows
 from .train import make_parser
 
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data import SkippedRows
+    from ..original_scripts.arguments import OriginalArguments
     from ..trainer import JointGRPOConfig
     from .train import TrainArguments
 
@@ -41,21 +41,23 @@ NUM_STREAMED = 1000
 """Training samples that are read of a stream, unless the recipe asks for fewer."""
 
 
-def main(script_args: "TrainArguments", training_args: "JointGRPOConfig"):
+def main(script_args: "TrainArguments", training_args: "JointGRPOConfig", original_args: "OriginalArguments"):
     from rich.console import Console
 
     from ..data.contact_sheet import draw_contact_sheet
     from ..data.report import DataPart, make_tables, to_json
     from ..data.statistics import describe_dataset
     from ..evaluation.scoring import check_metrics
+    from ..executor import EMBEDDED, load_input_counter
+    from ..knobs import parse_knob_values
 
-    if script_args.results_dir is not None:
+    if original_args.results_dir is not None:
         raise ValueError(
-            "this command shows data sets, and recorded results (`results_dir`) are none: leave it out and give "
-            "`dataset_names`."
+            "this command shows data sets, not recorded results (`results_dir`): leave it out and give `dataset_names`."
         )
-    config, processor, knob_space = load_executor_inputs(script_args)
-    max_prompt_tokens = config.text_config.max_position_embeddings - script_args.max_new_tokens
+    check_splits(script_args)
+    model_path = script_args.model_path or EMBEDDED
+    counter = load_input_counter(model_path, parse_knob_values(script_args.knob_values), script_args.max_new_tokens)
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     skipped_rows = open_skipped_rows(script_args, output_dir)
@@ -63,14 +65,14 @@ def main(script_args: "TrainArguments", training_args: "JointGRPOConfig"):
     for dataset in datasets.values():
         check_metrics(dataset["metric"], dataset["sample_id"])
     parts = [
-        DataPart(name, split, role, describe_dataset(dataset, processor, knob_space.tier_crops, max_prompt_tokens))
+        DataPart(name, split, role, describe_dataset(dataset, counter))
         for (name, role, split), dataset in datasets.items()
     ]
     training_datasets = [dataset for (_, role, _), dataset in datasets.items() if role == "train"]
     num_train = sum(map(len, training_datasets))
     samples = _draw_samples(training_datasets, training_args.seed)
 
-    tables = make_tables(parts, samples[:NUM_EXAMPLES], max_prompt_tokens, skipped_rows)
+    tables = make_tables(parts, samples[:NUM_EXAMPLES], counter.max_prompt_tokens, skipped_rows)
     if script_args.streaming:
         tables[0].note = f"Training samples are a stream: these are its first {num_train:,}."
     console = Console()
@@ -82,9 +84,9 @@ def main(script_args: "TrainArguments", training_args: "JointGRPOConfig"):
     sections += [table.to_markdown() for table in tables]
     (output_dir / REPORT_FILE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     report = {
-        "model_path": script_args.model_path,
-        "tier_crops": {tier: list(crops) for tier, crops in knob_space.tier_crops.items()},
-        "max_prompt_tokens": max_prompt_tokens,
+        "model_path": model_path,
+        "knob_space": counter.knob_space.to_dict(),
+        "max_prompt_tokens": counter.max_prompt_tokens,
         "max_new_tokens": script_args.max_new_tokens,
         "parts": [to_json(part) for part in parts],
         "examples": [
@@ -134,8 +136,8 @@ def _read_streams(args: "TrainArguments", seed: int, skipped_rows: "SkippedRows 
 
 
 def _draw_samples(datasets: "list[Dataset]", seed: int) -> list[dict[str, Any]]:
-    """Samples as training would come across them, with images as the executor sees them."""
-    from ..molmo.image_processing_molmo import convert_to_rgb
+    """Samples that training would use, with images as the executor sees them."""
+    from ..images import convert_to_rgb
 
     rows = [(dataset, row) for dataset in datasets for row in range(len(dataset))]
     samples = [dataset[row] for dataset, row in random.Random(seed).sample(rows, min(NUM_PICTURED, len(rows)))]

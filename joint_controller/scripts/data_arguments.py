@@ -59,9 +59,14 @@ class DataArguments(DatasetArguments):
         },
     )
     eval_split: str = field(
-        default="validation", metadata={"help": "Split on which controllers are evaluated and the best one is chosen."}
+        default="validation",
+        metadata={
+            "help": "Split on which controllers are evaluated and the best one is chosen. Must not overlap train_split."
+        },
     )
-    test_split: str = field(default="test", metadata={"help": "Split for the table at the end."})
+    test_split: str = field(
+        default="test", metadata={"help": "Split for the table at the end. Must not overlap train_split."}
+    )
     max_train_samples: int | None = field(
         default=None,
         metadata={
@@ -84,6 +89,24 @@ class DataArguments(DatasetArguments):
             "again what it has trained on."
         },
     )
+
+
+def check_splits(args: DataArguments) -> None:
+    """
+    Refuses to evaluate or test on samples that are trained on.
+
+    Raises:
+        ValueError: If a split is not understood, or `eval_split` or `test_split` shares images with `train_split`.
+    """
+    from ..data import SplitPart
+
+    train = SplitPart.parse(args.train_split)
+    for field_name, split in (("eval_split", args.eval_split), ("test_split", args.test_split)):
+        if train.overlaps(SplitPart.parse(split)):
+            raise ValueError(
+                f"`train_split` '{args.train_split}' and `{field_name}` '{split}' share images: give splits, or parts of one "
+                f"split, that do not overlap, such as '{train.name}[:90%]' and '{train.name}[90%:]'."
+            )
 
 
 def open_skipped_rows(args: DatasetArguments, output_dir: str | Path) -> "SkippedRows | None":
@@ -117,7 +140,7 @@ def load_split(
         split (`str`):
             Their split.
         max_samples (`int` or `None`):
-            At most so many samples in all.
+            At most this many samples in all.
         seed (`int`):
             Chooses samples and their order.
         skipped_rows ([`SkippedRows`], *optional*):
@@ -159,10 +182,11 @@ def load_data_splits(
         samples.
 
     Raises:
-        ValueError: As [`~joint_controller.data.load_vqa_datasets`] does.
+        ValueError: As [`~joint_controller.data.load_vqa_datasets`] and [`check_splits`] do.
     """
     from ..data import stream_vqa_datasets
 
+    check_splits(args)
     if args.streaming:
         train = stream_vqa_datasets(
             args.dataset_names, args.train_split, args.max_train_samples, seed, args.dataset_weights, skipped_rows

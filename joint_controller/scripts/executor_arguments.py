@@ -1,17 +1,13 @@
 """The executor and its latency estimator, as the arguments of several scripts name them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..executor import Executor
     from ..knobs import KnobSpace
-    from ..latency import LatencyEstimatorModel, OriginalLatencyEstimatorModel
-    from ..molmo import MolmoConfig, MolmoProcessor
-    from ..molmo.executor import MolmoExecutor
+    from ..latency import LatencyEstimator
 
 
 FIT = "fit"
@@ -26,7 +22,7 @@ class ExecutorArguments:
 
     model_path: str = field(
         default="embedded",
-        metadata={"help": "Executor: a folder or Hub name of a Molmo, or `embedded` for the one that ships."},
+        metadata={"help": "Executor: a folder or Hub name of a model, or `embedded` for the one that ships."},
     )
     importance_path: dict | str | None = field(
         default=None,
@@ -42,24 +38,17 @@ class ExecutorArguments:
         metadata={
             "help": "Folder, Hub name or shipped name of a latency estimator, or a best_latency_estimator.pt of the original "
             "scripts; `fit` measures the executor on this machine and fits one first (about a minute). By default the one "
-            "that ships with the package: for the embedded executor (measured on one thread of a CPU), and for MolmoE-1B on a "
-            "GPU that it was measured on (NVIDIA H200)."
+            "that ships with the package for this executor and this device; that of the embedded executor, measured on one "
+            "thread of a CPU, is taken on any device."
         },
     )
-    tiers: list[str] | None = field(
+    knob_values: dict | str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Values of the knob `tier`, cheapest first. Default: those of the executor's configuration."
-        },
-    )
-    top_k_values: list[int] | None = field(
-        default=None,
-        metadata={"help": "Values of the knob `top_k`, ascending. Default: those of the executor's configuration."},
-    )
-    num_blocks_values: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Values of the knob `num_blocks`, ascending. Default: those of the executor's configuration."
+            "help": "Values of knobs, cheapest first: `--knob_values tier=low,high depth=4,8`, in a recipe also "
+            "`{tier: [low, high], depth: [4, 8]}`. By default those that the executor's checkpoint gives.",
+            "nargs": "+",
+            "metavar": "KNOB=VALUE,VALUE",
         },
     )
     max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer, its end included."})
@@ -95,7 +84,9 @@ def set_num_threads(args: ExecutorArguments) -> None:
         torch.set_num_threads(args.num_threads)
 
 
-def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoExecutor":
+def load_executor_from(
+    args: ExecutorArguments, device: str | None = None, knob_space: "KnobSpace | None" = None
+) -> "Executor":
     """
     Loads the executor with the knob values that are asked for.
 
@@ -104,12 +95,15 @@ def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoE
             Names it.
         device (`str`, *optional*):
             Where to put it. Defaults to the best device that there is.
+        knob_space ([`KnobSpace`], *optional*):
+            All knobs, e.g. those of a controller. The arguments must then ask for no values.
 
     Raises:
         FileNotFoundError: If the model cannot be found.
         ValueError: If the checkpoint is incomplete or lacks a knob value.
     """
-    from ..molmo.executor import MolmoExecutor
+    from ..executor import load_executor
+    from ..knobs import parse_knob_values
 
     set_num_threads(args)
     if isinstance(args.importance_path, dict):
@@ -118,124 +112,46 @@ def load_executor(args: ExecutorArguments, device: str | None = None) -> "MolmoE
                 raise ValueError(
                     f"`importance_path` gives {path!r} for data set '{dataset}': give the path of a JSON file."
                 )
-    executor = MolmoExecutor.from_pretrained(
+    options = {
+        "importance": args.importance_path,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.executor_batch_size,
+        "num_workers": args.executor_workers,
+    }
+    return load_executor(
         args.model_path,
         device=device,
-        importance=args.importance_path,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.executor_batch_size,
-        num_workers=args.executor_workers,
+        knob_values=parse_knob_values(args.knob_values),
+        knob_space=knob_space,
+        # A family need not know an option that was not asked for.
+        **{name: value for name, value in options.items() if value is not None},
     )
-    executor.knob_space = knob_space_of(args, executor.model.config)
-    return executor
 
 
-def open_executor(
-    model_path: str,
-    device: "str | torch.device | None" = None,
-    importance: str | None = None,
-    seed: int = 42,
-    **kwargs: Any,
-) -> "MolmoExecutor":
+def load_latency_estimator(args: ExecutorArguments, executor: "Executor") -> "LatencyEstimator":
     """
-    Loads an executor, or makes one with random weights, for what asks how long it takes rather than what it answers.
+    Loads the latency estimator that `latency_estimator_path` names (any value but `fit`), by default the one that ships
+    for the executor.
 
     Args:
-        model_path (`str`):
-            A folder or Hub name of a Molmo, `embedded`, or `random:` and one of `RANDOM_CONFIGS`, e.g.
-            `random:molmoe-1b`.
-        device (`str` or `torch.device`, *optional*):
-            Where to put it. Defaults to the best device that there is.
-        importance (`str`, *optional*):
-            JSON of block importance scores.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of random weights.
-        kwargs:
-            Further arguments of [`MolmoExecutor`].
-
-    Raises:
-        FileNotFoundError: If the model cannot be found.
-        ValueError: If there are no such sizes, or random weights are given importance scores.
-    """
-    from ..molmo.executor import MolmoExecutor
-    from ..molmo.executor.random_executor import RANDOM_CONFIGS, random_executor
-
-    kind, _, name = model_path.partition(":")
-    if kind != "random":
-        return MolmoExecutor.from_pretrained(model_path, device=device, importance=importance, **kwargs)
-    if name not in RANDOM_CONFIGS:
-        raise ValueError(f"`model_path` '{model_path}' is unknown: choose random:{', random:'.join(RANDOM_CONFIGS)}.")
-    if importance is not None:
-        raise ValueError(
-            f"`importance_path` '{importance}' scores blocks of a trained model, but the weights of '{model_path}' are "
-            "random: leave it out."
-        )
-    return random_executor(RANDOM_CONFIGS[name](), device, seed=seed, **kwargs)
-
-
-def load_executor_inputs(args: ExecutorArguments) -> "tuple[MolmoConfig, MolmoProcessor, KnobSpace]":
-    """
-    Loads what tells how long the executor's inputs are: its configuration, its processor and its knob space. No weights.
-
-    Raises:
-        FileNotFoundError: If the model cannot be found.
-        ValueError: If the checkpoint lacks a knob value.
-    """
-    from ..molmo import MolmoConfig, MolmoProcessor
-    from ..molmo.executor import embedded_executor_path
-
-    path = embedded_executor_path() if args.model_path == "embedded" else Path(args.model_path)
-    if not path.is_dir() and str(args.model_path).count("/") != 1:
-        raise FileNotFoundError(
-            f"`model_path` '{args.model_path}' does not exist: give a model folder, the name of a Hub repository "
-            "(org/name), or 'embedded'."
-        )
-    config = MolmoConfig.from_pretrained(path)
-    return config, MolmoProcessor.from_pretrained(path), knob_space_of(args, config)
-
-
-def knob_space_of(args: ExecutorArguments, config: "MolmoConfig") -> "KnobSpace":
-    """
-    The knob space of an executor with the values that the fields `tiers`, `top_k_values` and `num_blocks_values` ask for.
-
-    Raises:
-        ValueError: If the executor lacks a value.
-    """
-    from ..knobs import DEFAULT_TIER_CROPS, KnobSpace
-
-    tier_crops = None
-    if args.tiers is not None:
-        known = {**DEFAULT_TIER_CROPS, **KnobSpace.from_executor_config(config).tier_crops}
-        unknown = [tier for tier in args.tiers if tier not in known]
-        if unknown:
-            raise ValueError(f"knob `tier` has unknown values {unknown}: choose from {list(known)}.")
-        tier_crops = {tier: known[tier] for tier in args.tiers}
-    return KnobSpace.from_executor_config(config, tier_crops, args.top_k_values, args.num_blocks_values)
-
-
-def load_latency_estimator(
-    args: ExecutorArguments, executor: "MolmoExecutor"
-) -> "LatencyEstimatorModel | OriginalLatencyEstimatorModel":
-    """
-    Loads the latency estimator that `latency_estimator_path` names (any value but `fit`).
+        args ([`ExecutorArguments`]):
+            Names it.
+        executor ([`Executor`]):
+            The executor that it is to be an estimator of.
 
     Raises:
         FileNotFoundError: If it cannot be found.
-        ValueError: If there is none, or it was fitted on an executor of other sizes or on other knob values.
+        ValueError: If there is none, or it is of another executor.
     """
-    from ..latency import (
-        embedded_latency_estimator_path,
-        read_latency_estimator,
-        shipped_estimator_names,
-        shipped_latency_estimators,
-    )
+    from ..executor import EMBEDDED
+    from ..latency import embedded_latency_estimator_path, read_latency_estimator, shipped_latency_estimators
     from ..latency.profiling import device_name
 
     path = args.latency_estimator_path
-    if path is None and args.model_path == "embedded":
+    if path is None and args.model_path == EMBEDDED:
         path = embedded_latency_estimator_path()
     elif path is None:
-        shipped = shipped_latency_estimators(executor.model.config)
+        shipped = shipped_latency_estimators(executor)
         device = device_name(executor.device)
         if device not in shipped:
             what_ships = f"one ships for {', '.join(shipped)}; " if shipped else ""
@@ -244,10 +160,6 @@ def load_latency_estimator(
                 f"`--latency_estimator_path {FIT}` to measure this machine first, or the folder of an estimator."
             )
         path = shipped[device]
-    elif not Path(path).exists() and "/" not in str(path) and path not in shipped_estimator_names():
-        raise FileNotFoundError(
-            f"`latency_estimator_path` '{path}' does not exist: give the folder of an estimator, or `{FIT}`."
-        )
     estimator = read_latency_estimator(path)
-    estimator.check_executor(executor.model.config)
+    estimator.check_executor(executor)
     return estimator

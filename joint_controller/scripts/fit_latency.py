@@ -38,15 +38,14 @@ class FitLatencyArguments:
     base_estimator: str | None = field(
         default=None,
         metadata={
-            "help": "Estimator of the same executor on other hardware: a folder, a Hub name, or one that ships (embedded_cpu, "
-            "molmoe_1b_h200). It is adapted to the profile, for which a few measurements are enough, in place of fitting a "
-            "new one."
+            "help": "Estimator of the same executor on other hardware: a folder, a Hub name, or the name of one that ships. It "
+            "is adapted to the profile, for which a few measurements are enough, in place of fitting a new one."
         },
     )
     recalibration_sizes: list[int] = field(
         default_factory=lambda: [10, 25, 50],
         metadata={
-            "help": "Numbers of measurements for which the error of adapting `base_estimator` is reported, beside the error "
+            "help": "Numbers of measurements for which the error of adapting `base_estimator` is reported, next to the error "
             "of using it as it is."
         },
     )
@@ -61,8 +60,9 @@ class FitLatencyArguments:
 
 
 def main(args: FitLatencyArguments):
-    from ..latency import cross_validate, fit_latency_estimator, format_model_card, load_profile, plot_fit
-    from ..latency.fit_report import ERROR_HEADINGS, REPORT_FILE, format_error_rows
+    from ..latency.fit_report import ERROR_HEADINGS, REPORT_FILE, format_error_rows, format_model_card, plot_fit
+    from ..latency.fitting import cross_validate, fit_latency_estimator
+    from ..latency.profile_table import load_profile
 
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
@@ -85,21 +85,20 @@ def main(args: FitLatencyArguments):
 
 
 def _recalibrate(args: FitLatencyArguments, profile: "Dataset", output_dir: Path):
-    from ..latency import (
-        LatencyEstimatorModel,
-        fit_recalibration,
+    from ..latency import LatencyEstimatorModel, read_latency_estimator
+    from ..latency.fit_report import (
+        RECALIBRATION_HEADINGS,
+        format_markdown_table,
         format_model_card,
+        format_recalibration_rows,
         plot_recalibration,
-        read_latency_estimator,
-        recalibration_errors,
     )
-    from ..latency.fit_report import format_markdown_table
-    from ..latency.recalibration import RECALIBRATION_HEADINGS, format_recalibration_rows
+    from ..latency.recalibration import fit_recalibration, recalibration_errors
 
     base = read_latency_estimator(args.base_estimator)
     if not isinstance(base, LatencyEstimatorModel):
         raise ValueError(
-            f"`base_estimator` '{args.base_estimator}' is of the original scripts: fit one of this package."
+            f"`base_estimator` '{args.base_estimator}' holds a {type(base).__name__}: give one that this command fitted."
         )
     model, held_out = fit_recalibration(base, profile, args.num_folds, args.seed)
     errors = recalibration_errors(base, profile, args.recalibration_sizes, seed=args.seed)

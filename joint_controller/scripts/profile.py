@@ -9,10 +9,16 @@ joint-controller profile --output_dir outputs/profile --report true
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import ScriptParser, run_script
 from .data_arguments import DatasetArguments, load_split, open_skipped_rows
-from .executor_arguments import knob_space_of, open_executor
+from .executor_arguments import set_num_threads
+
+
+if TYPE_CHECKING:
+    from ..controller import RequestController
+    from ..executor import Executor
 
 
 REPEAT_FOLDER = "repeat"
@@ -22,7 +28,7 @@ REPEAT_FOLDER = "repeat"
 @dataclass(kw_only=True)
 class ProfileArguments(DatasetArguments):
     """
-    Arguments of `joint-controller profile`, beside those of [`DatasetArguments`].
+    Arguments of `joint-controller profile`, besides those of [`DatasetArguments`].
     """
 
     output_dir: str = field(
@@ -34,8 +40,8 @@ class ProfileArguments(DatasetArguments):
     model_path: str = field(
         default="embedded",
         metadata={
-            "help": "Executor to measure: a folder or Hub name of a Molmo, `embedded` for the one that ships, or "
-            "`random:molmoe-1b` for random weights of MolmoE-1B's sizes, made on the device: they cost the same."
+            "help": "Executor to measure: a folder or Hub name of a checkpoint, `embedded` for the one that ships, or "
+            "`random:` and the name of sizes for random weights, made on the device: they cost the same."
         },
     )
     device: str | None = field(
@@ -44,20 +50,20 @@ class ProfileArguments(DatasetArguments):
     )
     executor_mode: str | None = field(
         default=None,
-        metadata={"help": "How the executor computes: plain, onednn or captured. Default: the fastest one here."},
+        metadata={"help": "How the executor computes, of the ways that it has. Default: the fastest one here."},
     )
     importance_path: str | None = field(
         default=None,
         metadata={"help": "JSON of block importance scores. By default importance.json in the model folder."},
     )
-    tiers: list[str] | None = field(
-        default=None, metadata={"help": "Values of the knob `tier`, cheapest first. Default: those of the executor."}
-    )
-    top_k_values: list[int] | None = field(
-        default=None, metadata={"help": "Values of the knob `top_k`, ascending. Default: those of the executor."}
-    )
-    num_blocks_values: list[int] | None = field(
-        default=None, metadata={"help": "Values of the knob `num_blocks`, ascending. Default: those of the executor."}
+    knob_values: dict | str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Values of knobs, cheapest first: `--knob_values tier=low,high depth=4,8`, in a recipe also "
+            "`{tier: [low, high], depth: [4, 8]}`. By default those that the executor's checkpoint gives.",
+            "nargs": "+",
+            "metavar": "KNOB=VALUE,VALUE",
+        },
     )
     num_settings: int | None = field(
         default=None,
@@ -138,9 +144,8 @@ class ProfileArguments(DatasetArguments):
 
 
 def main(args: ProfileArguments):
-    from ..latency import load_profile, write_profile_report
-    from ..latency.profile_report import format_repeatability
-    from ..latency.profile_table import PROFILE_FILE
+    from ..latency.profile_report import format_repeatability, write_profile_report
+    from ..latency.profile_table import PROFILE_FILE, load_profile
 
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
@@ -174,9 +179,10 @@ def main(args: ProfileArguments):
 
 
 def _measure(args: ProfileArguments, folders: list[Path]):
-    from ..latency import load_profile, make_profile_inputs, profile_executor, save_profile
+    from ..latency.profile_inputs import make_profile_inputs
     from ..latency.profile_journal import JOURNAL_FILE
-    from ..latency.profiling import sample_settings
+    from ..latency.profile_table import load_profile, save_profile
+    from ..latency.profiling import profile_executor, sample_settings
 
     executor = _load_executor(args)
     if args.dataset_names is None:
@@ -207,13 +213,13 @@ def _measure(args: ProfileArguments, folders: list[Path]):
         print(f"{len(profile)} measurements written to {file}.")
 
 
-def _load_executor(args: ProfileArguments):
+def _load_executor(args: ProfileArguments) -> "Executor":
     import torch
 
-    if args.num_threads is not None:
-        if args.num_threads < 1:
-            raise ValueError(f"`num_threads` is {args.num_threads}: give 1 or more.")
-        torch.set_num_threads(args.num_threads)
+    from ..executor import load_executor
+    from ..knobs import parse_knob_values
+
+    set_num_threads(args)
     if args.device is not None:
         try:
             torch.empty(0, device=args.device)
@@ -221,17 +227,21 @@ def _load_executor(args: ProfileArguments):
             raise ValueError(
                 f"`device` is '{args.device}', which is not there: {str(error).splitlines()[0]}"
             ) from error
-    kwargs = {"max_new_tokens": args.max_new_tokens, "mode": args.executor_mode}
-    executor = open_executor(args.model_path, args.device, args.importance_path, **kwargs)
-    executor.knob_space = knob_space_of(args, executor.model.config)
-    return executor
+    return load_executor(
+        args.model_path,
+        device=args.device,
+        knob_values=parse_knob_values(args.knob_values),
+        importance=args.importance_path,
+        max_new_tokens=args.max_new_tokens,
+        mode=args.executor_mode,
+    )
 
 
-def _new_controller(executor):
+def _new_controller(executor: "Executor") -> "RequestController":
     """A controller for the executor: an untrained one takes as long as a trained one."""
     from ..controller import JointControllerConfig, JointControllerModel, RequestController
 
-    sizes = {"question_size": executor.hidden_size, "vision_size": executor.hidden_size}
+    sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
     config = JointControllerConfig(knob_space=executor.knob_space.to_dict(), **sizes)
     return RequestController(JointControllerModel(config).to(executor.device))
 

@@ -1,24 +1,29 @@
 """
-Evaluates a trained controller over latency budgets, beside static and random settings.
+Evaluates a trained controller over latency budgets, compared with static and random settings.
 
 ```bash
 joint-controller sweep --controller_path outputs/easy_vqa --output_dir outputs/sweep
 ```
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import ScriptParser, run_script
 from .data_arguments import DatasetArguments, load_split, open_skipped_rows
-from .executor_arguments import FIT, ExecutorArguments, load_executor, load_latency_estimator
+from .executor_arguments import FIT, ExecutorArguments, load_executor_from, load_latency_estimator
+
+
+STATIC_SPLIT = "train"
+"""Split that static settings are chosen on."""
 
 
 @dataclass
 class SweepArguments(ExecutorArguments, DatasetArguments):
     """
-    Arguments of `joint-controller sweep`. Knob values are the controller's.
+    Arguments of `joint-controller sweep`. Knobs are the controller's.
     """
 
     controller_path: str = field(default="", metadata={"help": "Folder or Hub name of the controller. Required."})
@@ -34,6 +39,16 @@ class SweepArguments(ExecutorArguments, DatasetArguments):
             "help": "Folder of executor outcomes, e.g. that of the training; what it holds is not run again. Default: "
             "`outcomes` in the output folder."
         },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions, as in `joint-controller train`. Default: those that the controller was trained for."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward function. Default: those that the controller was trained for."},
     )
     budgets_ms: list[float] | None = field(
         default=None, metadata={"help": "Budgets, in ms. Default: fractions of the full setting's latency."}
@@ -52,36 +67,61 @@ class SweepArguments(ExecutorArguments, DatasetArguments):
     )
     seed: int = field(default=42, metadata={"help": "Seed of the samples and of the random settings."})
 
+    def __post_init__(self):
+        for name in ("budgets_ms", "budget_fractions"):
+            budgets = getattr(self, name)
+            if budgets is not None and not (budgets and all(0 < budget < math.inf for budget in budgets)):
+                raise ValueError(f"`{name}` is {budgets}: give one or more finite numbers above 0.")
+        if self.max_static_samples < 1:
+            raise ValueError(f"`max_static_samples` is {self.max_static_samples}: give 1 or more.")
+
 
 def main(args: SweepArguments):
     from rich.console import Console
 
-    from ..controller import JointControllerModel
-    from ..data import read_samples
+    from ..controller import find_controller_folder, load_controller
+    from ..data import SplitPart, read_samples
+    from ..evaluation.plots import SWEEP_PICTURE_FILE, plot_sweep
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.scoring import score_answer
-    from ..evaluation.sweep import SWEEP_FILE, baseline_policies, format_sweep_table, sweep_budgets, sweep_to_dataset
+    from ..evaluation.sweep import (
+        SWEEP_FILE,
+        baseline_policies,
+        format_sweep_table,
+        sweep_budgets,
+        sweep_to_dataset,
+    )
     from ..latency import Guardrail
-    from ..outcomes import OutcomeCollector, OutcomeStore, predict_latency_ms
+    from ..outcomes import OutcomeCollector, OutcomeStore
+    from ..rewards import resolve_rewards
+    from ..trainer.joint_grpo_trainer import LATENCY_ESTIMATOR_FOLDER
 
     for name in ("controller_path", "output_dir"):
         if not getattr(args, name):
             raise ValueError(f"`--{name}` is missing.")
     if args.latency_estimator_path == FIT:
         raise ValueError(
-            "a sweep takes the latency estimator that the controller was trained with: give its folder, e.g. "
-            "`latency_estimator` in the output folder of the training."
+            "a sweep takes the latency estimator that the controller was trained with: leave `latency_estimator_path` out, or "
+            "give the folder of another one."
+        )
+    if SplitPart.parse(args.dataset_split).overlaps(SplitPart.parse(STATIC_SPLIT)):
+        raise ValueError(
+            f"`dataset_split` is '{args.dataset_split}', but static settings are chosen on '{STATIC_SPLIT}': evaluate on other "
+            "samples."
         )
     output_file = Path(args.output_dir) / SWEEP_FILE
     if output_file.exists():
         raise FileExistsError(f"'{output_file}' exists already: name another `output_dir`, or delete the file.")
-    if not (Path(args.controller_path) / "config.json").is_file() and args.controller_path.count("/") != 1:
-        raise FileNotFoundError(f"`controller_path` '{args.controller_path}' is not the folder of a controller.")
-    controller = JointControllerModel.from_pretrained(args.controller_path)
-    space = controller.knob_space
-    args.tiers = list(space.tier_crops)
-    args.top_k_values, args.num_blocks_values = list(space.top_k), list(space.num_blocks)
-    executor = load_executor(args)
+    folder = find_controller_folder(args.controller_path)
+    controller = load_controller(folder)
+    if args.reward_funcs is None and controller.config.rewards is not None:
+        weights = args.reward_weights or list(controller.config.rewards.values())
+        rewards = resolve_rewards(list(controller.config.rewards), weights)
+    else:
+        rewards = resolve_rewards(args.reward_funcs, args.reward_weights)
+    if args.latency_estimator_path is None and (folder / LATENCY_ESTIMATOR_FOLDER).is_dir():
+        args.latency_estimator_path = str(folder / LATENCY_ESTIMATOR_FOLDER)
+    executor = load_executor_from(args, knob_space=controller.knob_space)
     latency_estimator = load_latency_estimator(args, executor)
     controllers = [ControllerPolicy(controller.to(executor.device), executor)]
     if args.guardrail_quantile is not None:
@@ -89,31 +129,29 @@ def main(args: SweepArguments):
         controllers.append(ControllerPolicy(controller, executor, "guarded", guardrail))
     skipped_rows = open_skipped_rows(args, args.output_dir)
     samples = read_samples(load_split(args, args.dataset_split, args.max_samples, args.seed, skipped_rows))
-    train_samples = read_samples(load_split(args, "train", args.max_static_samples, args.seed, skipped_rows))
-    store = OutcomeStore(args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint)
-    collector = OutcomeCollector(executor, store, score_answer)
+    train_samples = read_samples(load_split(args, STATIC_SPLIT, args.max_static_samples, args.seed, skipped_rows))
+    store = OutcomeStore(
+        args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint, executor.knob_space
+    )
+    outcomes = OutcomeCollector(executor, store, score_answer)
 
-    full_outcomes = collector.collect(train_samples, [space.full] * len(train_samples), progress=True)
-    full_setting_ms = predict_latency_ms(latency_estimator, full_outcomes).mean().item()
-    fractions = args.budget_fractions
-    if args.budgets_ms is not None:
-        fractions = [budget / full_setting_ms for budget in args.budgets_ms]
+    full_outcomes = outcomes.collect(train_samples, [executor.knob_space.full] * len(train_samples), progress=True)
+    full_setting_ms = latency_estimator.latency_ms(full_outcomes).mean().item()
+    budgets_ms = args.budgets_ms or [fraction * full_setting_ms for fraction in args.budget_fractions]
     baselines = baseline_policies(
-        collector,
-        latency_estimator,
-        train_samples,
-        [fraction * full_setting_ms for fraction in fractions],
-        seed=args.seed,
-        progress=True,
+        outcomes, latency_estimator, train_samples, budgets_ms, rewards, args.seed, progress=True
     )
     policies = [*controllers, *baselines]
-    rows = sweep_budgets(policies, collector, latency_estimator, samples, fractions, full_setting_ms, progress=True)
+    rows = sweep_budgets(
+        policies, outcomes, latency_estimator, samples, budgets_ms, full_setting_ms, rewards, progress=True
+    )
     sweep_to_dataset(rows).to_parquet(output_file)
+    plot_sweep(rows, output_file.parent / SWEEP_PICTURE_FILE)
     console = Console()
     if skipped_rows:
         console.print(skipped_rows.summary())
     console.print(format_sweep_table(rows, f"{len(samples)} samples of {', '.join(args.dataset_names)}"))
-    console.print(f"The table is in {output_file}.")
+    console.print(f"The table is in {output_file}, the picture in {SWEEP_PICTURE_FILE} next to it.")
 
 
 def make_parser() -> ScriptParser:

@@ -15,28 +15,32 @@ accelerate launch -m joint_controller.scripts.train --config recipes/easy_vqa/gr
 import copy
 import json
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..original_scripts.original_arguments import OriginalArguments, TrainParser
+from ..original_scripts.arguments import OriginalArguments, TrainParser
 from ..trainer import JointGRPOConfig
 from . import run_script
-from .data_arguments import DataArguments
+from .data_arguments import DataArguments, check_splits
 from .executor_arguments import ExecutorArguments
-from .training_setup import TrainingSetup, set_up_from_executor, set_up_from_results
+from .training_setup import TrainingSetup, set_up_from_executor
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from datasets import Dataset
 
     from ..controller import JointControllerModel
     from ..evaluation.policies import Policy
     from ..evaluation.sweep import SweepRow
-    from ..outcomes import OutcomeCollector
+    from ..outcomes import OutcomeSource
+    from ..rewards import RewardFunction
     from ..trainer import JointGRPOTrainer, LatencyBudgetRange
 
 
@@ -50,18 +54,15 @@ NUM_SPREAD_BUDGETS = 5
 
 
 @dataclass
-class TrainArguments(OriginalArguments, ExecutorArguments, DataArguments):
+class TrainArguments(ExecutorArguments, DataArguments):
     """
-    Arguments of `joint-controller train`, beside those of [`JointGRPOConfig`].
+    Arguments of `joint-controller train`, besides those of [`JointGRPOConfig`].
     """
-
-    given: frozenset[str] = field(init=False, default=frozenset())
-    """Fields that flags or recipe named."""
 
     model_path: str | None = field(
         default=None,
         metadata={
-            "help": "Executor: a folder or Hub name of a Molmo, or `embedded` for the one that ships. Default: embedded; with "
+            "help": "Executor: a folder or Hub name of a model, or `embedded` for the one that ships. Default: embedded; with "
             "results_dir, none."
         },
     )
@@ -74,15 +75,15 @@ class TrainArguments(OriginalArguments, ExecutorArguments, DataArguments):
     stage1_inputs: str | None = field(
         default=None,
         metadata={
-            "help": "What stage 1 decides the tier from. Default: question_and_budget; without a model_path, budget.",
+            "help": "What stage 1 decides its knobs from. Default: question_and_budget; without a model_path, budget.",
             "choices": ["question_and_budget", "budget"],
         },
     )
     stage2_inputs: str | None = field(
         default=None,
         metadata={
-            "help": "What stage 2 decides top_k and num_blocks from, beside the tier. Default: image_question_and_budget; for "
-            "recorded results, what there is of it.",
+            "help": "What stage 2 decides its knobs from, besides the choice of stage 1. Default: image_question_and_budget; "
+            "for recorded results, what there is of it.",
             "choices": ["image_question_and_budget", "question_and_budget", "budget"],
         },
     )
@@ -100,6 +101,13 @@ class TrainArguments(OriginalArguments, ExecutorArguments, DataArguments):
             "help": "Folder of executor outcomes; what it holds is not run again. Default: `outcomes` in the output folder."
         },
     )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names of this package's, or dotted paths of TRL reward functions "
+            "(my_package.rewards.short_answer). `reward_weights` has a weight for each. Default: all of this package's."
+        },
+    )
     sweep_budget_fractions: list[float] | None = field(
         default=None,
         metadata={
@@ -109,26 +117,34 @@ class TrainArguments(OriginalArguments, ExecutorArguments, DataArguments):
     )
 
     def __post_init__(self):
-        if self.model_path is None and self.results_dir is None:
-            self.model_path = "embedded"
+        if self.max_static_samples < 1:
+            raise ValueError(f"`max_static_samples` is {self.max_static_samples}: give 1 or more.")
+        fractions = self.sweep_budget_fractions
+        if fractions is not None and not (fractions and all(0 < one < math.inf for one in fractions)):
+            raise ValueError(f"`sweep_budget_fractions` is {fractions}: give one or more finite numbers above 0.")
 
 
-def main(script_args: TrainArguments, training_args: JointGRPOConfig):
+def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_args: OriginalArguments):
     import torch
     from accelerate import PartialState
-    from transformers import set_seed
+    from transformers import PrinterCallback, ProgressCallback, set_seed
 
     from ..controller import JointControllerConfig, JointControllerModel
+    from ..executor import EMBEDDED
+    from ..rewards import resolve_rewards, reward_names
     from ..trainer import JointGRPOTrainer
     from ..trainer.latency_budgets import resolve_latency_budgets
+    from .training_console import MetricsLog, TrainingConsole
 
     # TRL asks transformers for a property under its old name, at every evaluation.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     output_dir = Path(training_args.output_dir)
     resume = _resume_from(training_args)
     _check_output_dir(output_dir, resume)
-    if script_args.device == "cuda" and not torch.cuda.is_available():
+    if original_args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device` is 'cuda', but there is no CUDA device here: give `--device cpu`.")
+    rewards = resolve_rewards(script_args.reward_funcs, training_args.reward_weights)
+    training_args.reward_weights = list(rewards.values())
     if script_args.streaming:
         training_args.check_streaming()
         if script_args.precompute_outcomes:
@@ -142,13 +158,18 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
         _log_to_file(output_dir / LOG_FILE, is_main_process)
 
     # What can be refused is refused before anything is loaded, measured or written.
-    from_results = script_args.results_dir is not None
-    set_up = set_up_from_results if from_results else set_up_from_executor
-    setup = set_up(script_args, training_args, open_output_dir)
-    collector, latency_estimator, features = setup.collector, setup.latency_estimator, setup.collector.feature_source
+    if original_args.results_dir is not None:
+        from ..original_scripts.training import set_up_from_results
+
+        setup = set_up_from_results(script_args, training_args, original_args, open_output_dir)
+    else:
+        check_splits(script_args)
+        script_args.model_path = script_args.model_path or EMBEDDED
+        setup = set_up_from_executor(script_args, training_args, open_output_dir)
+    outcomes, latency_estimator = setup.outcomes, setup.latency_estimator
 
     set_seed(training_args.seed)
-    budgets = resolve_latency_budgets(training_args, collector, latency_estimator, setup.train_dataset)
+    budgets = resolve_latency_budgets(training_args, outcomes, latency_estimator, setup.train_dataset)
     logger.info(
         "Budgets: %.1f to %.1f ms. Latency: %.1f ms at the full setting, %.1f ms at the cheapest.",
         budgets.minimum_ms,
@@ -156,50 +177,57 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig):
         budgets.full_setting_ms,
         budgets.cheapest_setting_ms,
     )
-    if script_args.sweep_budget_fractions is None:
-        script_args.sweep_budget_fractions = (
-            list(_spread_fractions(budgets)) if from_results else list(DEFAULT_SWEEP_BUDGET_FRACTIONS)
-        )
-    # Recorded outcomes cost nothing to look at: a budget that no setting fits is refused before training.
-    baselines = _baselines(script_args, training_args, setup, budgets) if from_results else None
-    sizes = {} if features is None else {"question_size": features.hidden_size, "vision_size": features.hidden_size}
+    budgets_ms = _sweep_budgets(script_args.sweep_budget_fractions, budgets, setup)
+    baselines = None
+    if setup.outcomes_are_known:
+        # Outcomes cost nothing to look at: a budget that no setting fits is refused before training.
+        baselines = _baselines(script_args, training_args, setup, budgets_ms, rewards)
+    features = outcomes.features
+    sizes = {} if features is None else {name: getattr(features, name) for name in ("question_size", "vision_size")}
     controller = JointControllerModel(
         JointControllerConfig(
-            knob_space=collector.knob_space.to_dict(),
+            knob_space=outcomes.knob_space.to_dict(),
             latency_budget_min_ms=budgets.minimum_ms,
             latency_budget_max_ms=budgets.maximum_ms,
             stage1_inputs=setup.stage1_inputs,
             stage2_inputs=setup.stage2_inputs,
+            rewards=reward_names(rewards),
             **sizes,
         )
     )
     untrained = copy.deepcopy(controller)
     trainer = JointGRPOTrainer(
         model=controller,
-        collector=collector,
+        outcomes=outcomes,
         latency_estimator=latency_estimator,
         args=training_args,
         train_dataset=setup.train_dataset,
         eval_dataset=setup.eval_dataset,
-        callbacks=[_log_metrics_callback()],
+        reward_funcs=list(rewards),
+        latency_budgets=budgets,
+        callbacks=[MetricsLog(logger)],
     )
+    # In place of raw dictionaries between broken progress bars.
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TrainingConsole(trainer))
     if script_args.precompute_outcomes:
-        _precompute_outcomes(collector, setup.train_dataset)
+        _precompute_outcomes(outcomes, setup.train_dataset)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(str(output_dir))
+    # Not pushed to the Hub before there are results to show.
+    trainer.save_model(str(output_dir), _internal_call=True)
     if script_args.streaming and setup.skipped_rows:
         logger.warning(setup.skipped_rows.summary())
     if is_main_process:
-        if latency_estimator is not None:
-            latency_estimator.save_pretrained(output_dir / "latency_estimator")
         with torch.no_grad():
             if baselines is None:
-                baselines = _baselines(script_args, training_args, setup, budgets)
-            rows = _sweep(script_args, training_args, setup, trainer, untrained, baselines)
-        _report(rows, output_dir, setup)
-        if not from_results:
-            collector.store.compact()
+                baselines = _baselines(script_args, training_args, setup, budgets_ms, rewards)
+            rows = _sweep(setup, trainer, untrained, baselines, budgets_ms, rewards)
+        _report(rows, output_dir, setup, trainer)
+        outcomes.finish()
     PartialState().wait_for_everyone()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def _resume_from(training_args: JointGRPOConfig) -> str | bool:
@@ -232,80 +260,70 @@ def _log_to_file(path: Path, is_main_process: bool):
     logger.propagate = False
 
 
-def _log_metrics_callback():
-    from transformers import TrainerCallback
-
-    class LogMetrics(TrainerCallback):
-        """Writes every entry of the trainer's log to the log file, as JSON."""
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero:
-                for handler in logger.handlers:
-                    if isinstance(handler, logging.FileHandler):
-                        entry = json.dumps({"step": state.global_step, **logs}, default=float)
-                        handler.emit(logger.makeRecord(logger.name, logging.INFO, __file__, 0, entry, (), None))
-
-    return LogMetrics()
-
-
-def _precompute_outcomes(collector: "OutcomeCollector", train_dataset: "Dataset"):
+def _precompute_outcomes(outcomes: "OutcomeSource", train_dataset: "Dataset"):
     """Fills the store; every process answers its share of the samples."""
     from accelerate import PartialState
 
     from ..data import read_samples
 
     state = PartialState()
-    settings = list(collector.knob_space)
+    settings = list(outcomes.knob_space)
     logger.info("Answering %d training samples at %d settings each.", len(train_dataset), len(settings))
     rows = list(range(state.process_index, len(train_dataset), state.num_processes))
     samples = read_samples(train_dataset.select(rows))
-    collector.collect(
-        [sample for sample in samples for _ in settings], settings * len(samples), progress=state.is_main_process
-    )
+    every_sample = [sample for sample in samples for _ in settings]
+    outcomes.collect(every_sample, settings * len(samples), progress=state.is_main_process)
     state.wait_for_everyone()
-    collector.store.reload()
 
 
-def _spread_fractions(budgets: "LatencyBudgetRange") -> Iterator[float]:
-    """Budgets from the lowest to the highest that are trained on, as fractions of the full setting's latency."""
-    step_ms = (budgets.maximum_ms - budgets.minimum_ms) / (NUM_SPREAD_BUDGETS - 1)
-    for number in range(NUM_SPREAD_BUDGETS):
-        # A hair above: rounding must not put the lowest budget below the latency that it stands for.
-        yield (budgets.minimum_ms + number * step_ms) / budgets.full_setting_ms * (1 + 1e-9)
+def _sweep_budgets(
+    fractions: Sequence[float] | None, budgets: "LatencyBudgetRange", setup: TrainingSetup
+) -> list[float]:
+    """Budgets of the table at the end, in ms."""
+    if fractions is None and setup.outcomes_are_known:
+        # From the lowest to the highest that are trained on, so that all can be met.
+        step_ms = (budgets.maximum_ms - budgets.minimum_ms) / (NUM_SPREAD_BUDGETS - 1)
+        return [budgets.minimum_ms + number * step_ms for number in range(NUM_SPREAD_BUDGETS)]
+    fractions = DEFAULT_SWEEP_BUDGET_FRACTIONS if fractions is None else fractions
+    return [fraction * budgets.full_setting_ms for fraction in fractions]
 
 
 def _baselines(
-    script_args: TrainArguments, training_args: JointGRPOConfig, setup: TrainingSetup, budgets: "LatencyBudgetRange"
+    script_args: TrainArguments,
+    training_args: JointGRPOConfig,
+    setup: TrainingSetup,
+    budgets_ms: Sequence[float],
+    rewards: "Mapping[RewardFunction, float]",
 ) -> "list[Policy]":
     from ..data import read_samples, take_rows
     from ..evaluation.sweep import baseline_policies
 
     logger.info("Trying every static setting on training samples, to find the best one of each budget.")
     return baseline_policies(
-        setup.collector,
+        setup.outcomes,
         setup.latency_estimator,
         read_samples(take_rows(setup.train_dataset, script_args.max_static_samples)),
-        [fraction * budgets.full_setting_ms for fraction in script_args.sweep_budget_fractions],
-        training_args.reward_weights,
+        budgets_ms,
+        rewards,
         training_args.seed,
         progress=True,
     )
 
 
 def _sweep(
-    script_args: TrainArguments,
-    training_args: JointGRPOConfig,
     setup: TrainingSetup,
     trainer: "JointGRPOTrainer",
     untrained: "JointControllerModel",
     baselines: "list[Policy]",
+    budgets_ms: Sequence[float],
+    rewards: "Mapping[RewardFunction, float]",
 ) -> "list[SweepRow]":
     from ..data import read_samples
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.sweep import sweep_budgets
 
     controller = trainer.accelerator.unwrap_model(trainer.model)
-    features = setup.collector.feature_source
+    features = setup.outcomes.features
     policies = [
         ControllerPolicy(controller, features),
         *baselines,
@@ -314,19 +332,20 @@ def _sweep(
     logger.info("Evaluating on %d test samples.", len(setup.test_dataset))
     return sweep_budgets(
         policies,
-        setup.collector,
+        setup.outcomes,
         setup.latency_estimator,
         read_samples(setup.test_dataset),
-        script_args.sweep_budget_fractions,
+        budgets_ms,
         trainer.latency_budgets.full_setting_ms,
-        training_args.reward_weights,
+        rewards,
         progress=True,
     )
 
 
-def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup):
+def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup, trainer: "JointGRPOTrainer"):
     from rich.console import Console
 
+    from ..evaluation.plots import SWEEP_PICTURE_FILE, plot_sweep
     from ..evaluation.sweep import (
         SWEEP_FILE,
         format_sweep_markdown,
@@ -334,11 +353,13 @@ def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup):
         mean_over_budgets,
         sweep_to_dataset,
     )
+    from ..trainer.model_card import format_model_card
 
     sweep_to_dataset(rows).to_parquet(output_dir / SWEEP_FILE)
+    plot_sweep(rows, output_dir / SWEEP_PICTURE_FILE)
     policies = list(dict.fromkeys(row.policy for row in rows))
     mean_rewards = {policy: mean_over_budgets(rows, policy) for policy in policies}
-    results = {"eval_reward_mean_over_budgets": mean_rewards, "num_executed": setup.collector.num_executed}
+    results = {"eval_reward_mean_over_budgets": mean_rewards, "num_executed": setup.outcomes.num_executed}
     (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [row for row in rows if row.policy in ("controller", "best static", "full")]
     for console in (Console(), Console(file=(output_dir / LOG_FILE).open("a", encoding="utf-8"), width=160)):
@@ -346,33 +367,20 @@ def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup):
         console.print(
             "Mean reward over budgets: " + ", ".join(f"{name} {value:.3f}" for name, value in mean_rewards.items())
         )
-    (output_dir / "README.md").write_text(_model_card(format_sweep_markdown(rows), setup), encoding="utf-8")
+    trainer.model_card = format_model_card(
+        setup.outcomes.knob_space,
+        setup.source,
+        setup.dataset_names,
+        setup.latencies,
+        f"The best static setting of each budget was chosen on training samples.\n\n{format_sweep_markdown(rows)}\n\n"
+        f"![Accuracy against mean latency]({SWEEP_PICTURE_FILE})",
+    )
+    trainer.create_model_card()
     logger.info("Controller, log, outcomes and sweep are in %s.", output_dir)
 
 
-def _model_card(sweep_table: str, setup: TrainingSetup) -> str:
-    latencies = "as they were recorded" if setup.latency_estimator is None else "estimates"
-    return f"""---
-library_name: joint-controller
-pipeline_tag: visual-question-answering
-tags:
-- joint-controller
-- grpo
----
-
-# Controller for {setup.source}
-
-Sets three knobs of a frozen Molmo (image tier, experts per token, blocks that run) for each question, so that the answer
-is as good as its latency budget allows. Trained by GRPO on {", ".join(setup.dataset_names)}.
-
-Latencies are {latencies}, at batch 1. The best static setting of each budget was chosen on training samples.
-
-{sweep_table}
-"""
-
-
 def make_parser() -> TrainParser:
-    return TrainParser((TrainArguments, JointGRPOConfig))
+    return TrainParser((TrainArguments, JointGRPOConfig, OriginalArguments))
 
 
 if __name__ == "__main__":

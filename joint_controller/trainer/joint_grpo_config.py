@@ -1,35 +1,39 @@
 """Arguments of the controller's trainer."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import MISSING, dataclass, field, fields
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import GRPOConfig
 
-from ..rewards import DEFAULT_REWARD_WEIGHTS, REWARD_FUNCTIONS
+from ..rewards import DEFAULT_REWARDS
 
 
-# Fields of `GRPOConfig` that steer text generation or language models, with the one value that is true of this policy:
-# three decisions, sampled from a softmax by the trainer itself. Another value would be ignored, so it is refused.
-_TEXT_ONLY_FIELDS: dict[str, Any] = {
-    "cast_lm_head_to_fp32": False,
-    "chat_template_kwargs": None,
-    "generation_kwargs": None,
-    "gradient_checkpointing": False,
-    "mask_truncated_completions": False,
-    "max_completion_length": 3,
-    "max_tool_calling_iterations": None,
-    "min_p": None,
-    "model_init_kwargs": None,
-    "pad_to_multiple_of": None,
-    "repetition_penalty": 1.0,
-    "router_aux_loss_coef": None,
-    "top_k": 0,
-    "top_p": 1.0,
-    "use_liger_kernel": False,
-    "use_transformers_continuous_batching": False,
-    "use_vllm": False,
-}
+# Fields of `GRPOConfig` that mean something to a policy that takes a few decisions, sampled from a softmax by the trainer
+# itself. All others steer text generation or language models: another value than their default would be ignored, so it is
+# refused.
+_SUPPORTED_FIELDS = frozenset(
+    {
+        *("disable_dropout", "num_generations", "num_generations_eval", "max_completion_length", "shuffle_dataset"),
+        *("generation_batch_size", "steps_per_generation", "temperature", "num_iterations"),
+        *(
+            "beta",
+            "epsilon",
+            "delta",
+            "epsilon_high",
+            "loss_type",
+            "importance_sampling_level",
+            "use_bias_correction_kl",
+        ),
+        *("sapo_temperature_neg", "sapo_temperature_pos", "off_policy_mask_threshold"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        *("reward_weights", "multi_objective_aggregation", "scale_rewards"),
+        *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"),
+        *("entropy_coef_delta", "entropy_target"),
+        *("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+    }
+)
 
 
 @dataclass
@@ -67,13 +71,13 @@ class JointGRPOConfig(GRPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], since the policy is small, is trained from
-    > scratch and takes three decisions:
+    > scratch and takes a few decisions:
     > - `learning_rate`: Defaults to `2e-3` instead of `1e-6`.
     > - `scale_rewards`: Defaults to `"batch"` instead of `"group"`.
     > - `entropy_coef`: Defaults to `0.1` instead of `0.0`.
-    > - `max_completion_length`: Defaults to `3` instead of `512`.
+    > - `max_completion_length`: Is the number of knobs.
     > - `num_generations_eval`: Defaults to `1`: evaluation takes the likeliest setting.
-    > - `reward_weights`: Defaults to `[1.0, 0.5, 10.0, 0.1, 0.05]` instead of ones.
+    > - `reward_weights`: Defaults to those of [`~joint_controller.rewards.DEFAULT_REWARDS`] instead of ones.
     > - `bf16`, `dataloader_pin_memory`: Default to `False`. `gradient_checkpointing` is off.
     > - `eval_strategy` and `save_strategy`: Default to `"steps"`, `eval_steps` and `save_steps` to `100`.
     > - `load_best_model_at_end`: Defaults to `True`, by the highest `eval_reward`.
@@ -102,15 +106,20 @@ class JointGRPOConfig(GRPOConfig):
         },
     )
     max_completion_length: int | None = field(
-        default=3, metadata={"help": "Decisions of the controller: tier, top_k and num_blocks. Must stay 3."}
+        default=None,
+        metadata={"help": "Decisions of the controller: the number of knobs, which the trainer fills in."},
     )
     num_generations_eval: int | None = field(
         default=1,
         metadata={"help": "Settings per sample in evaluation. All are the same: the likeliest one."},
     )
     reward_weights: list[float] | None = field(
-        default_factory=lambda: list(DEFAULT_REWARD_WEIGHTS),
-        metadata={"help": f"Weight of each reward function: {', '.join(REWARD_FUNCTIONS)}."},
+        default=None,
+        metadata={
+            "help": "Weight of each reward function. Default: "
+            + ", ".join(f"{function.__name__} {weight:g}" for function, weight in DEFAULT_REWARDS.items())
+            + "; 1 for others."
+        },
     )
     bf16: bool | None = field(
         default=False, metadata={"help": "Whether to compute the controller's forward in bfloat16."}
@@ -195,18 +204,37 @@ class JointGRPOConfig(GRPOConfig):
             self.gradient_checkpointing = False
         self._check_latency_budgets()
         self._check_checkpoints()
-        if self.stage1_lr_ratio < 0:
+        self._check_numbers()
+        self._check_text_fields()
+
+    def _check_numbers(self):
+        if not 0 <= self.stage1_lr_ratio < math.inf:
             raise ValueError(f"`stage1_lr_ratio` is {self.stage1_lr_ratio}: give 0 (freezes stage 1) or more.")
-        for name, value in _TEXT_ONLY_FIELDS.items():
-            if getattr(self, name) != value:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` is {self.temperature}: give a finite number above 0.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` is {self.seed}: give 0 or more.")
+        if self.reward_weights is not None and not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"`reward_weights` is {self.reward_weights}: all must be finite numbers.")
+
+    def _check_text_fields(self):
+        inherited = {one.name for one in fields(TrainingArguments)} | _SUPPORTED_FIELDS
+        for one in fields(GRPOConfig):
+            default = one.default if one.default is not MISSING else None
+            if one.name in inherited or getattr(self, one.name) in (None, default):
+                continue
+            if one.name == "sync_ref_model":
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, but it steers text generation and the controller writes no "
-                    f"text: leave it at {value!r}."
+                    "`sync_ref_model` is set, but checkpoints do not hold the moving reference, so a resumed run would differ: "
+                    "unset it."
                 )
-        if self.sync_ref_model:
             raise ValueError(
-                "`sync_ref_model` is set, but checkpoints do not hold the moving reference, so a resumed run would differ: "
-                "unset it."
+                f"`{one.name}` is {getattr(self, one.name)!r}, but it steers text generation and the controller writes no "
+                f"text: leave it at {default!r}."
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "`gradient_checkpointing` is set, but the controller is small and has no checkpointed layers: unset it."
             )
 
     def check_streaming(self) -> None:
@@ -217,11 +245,11 @@ class JointGRPOConfig(GRPOConfig):
             ValueError: If `max_steps` is not set, or something is to be done at the end of epochs.
         """
         if self.max_steps <= 0:
-            raise ValueError("nobody knows the length of a stream: set `max_steps` to say how long to train on it.")
+            raise ValueError("the length of a stream is unknown: set `max_steps` to say how long to train on it.")
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) == "epoch":
                 raise ValueError(
-                    f"`{name}` is 'epoch', but nobody knows when an epoch of a stream ends: set it to 'steps'."
+                    f"`{name}` is 'epoch', but it is unknown when an epoch of a stream ends: set it to 'steps'."
                 )
 
     def _check_latency_budgets(self):
@@ -239,10 +267,10 @@ class JointGRPOConfig(GRPOConfig):
         if len(given[kind]) != 2:
             raise ValueError(f"only `{given[kind][0]}` is set: give both `{kinds[kind][0]}` and `{kinds[kind][1]}`.")
         minimum, maximum = (getattr(self, name) for name in kinds[kind])
-        if not 0 < minimum < maximum:
+        if not 0 < minimum < maximum < math.inf:
             raise ValueError(
                 f"the budget range is {minimum} to {maximum}: `{kinds[kind][0]}` must be above 0 and below "
-                f"`{kinds[kind][1]}`."
+                f"`{kinds[kind][1]}`, which must be finite."
             )
 
     def _check_checkpoints(self):

@@ -1,16 +1,23 @@
 """
-GRPO for a controller that takes three decisions instead of writing text.
+GRPO for a controller that decides on knobs instead of writing text. To TRL, a setting is a completion of as many tokens as
+there are knobs.
 
-Everything that this trainer does differently from TRL's is in four overrides of [`~trl.GRPOTrainer`]: rows are rolled out
-through the two stages and the executor (`_generate_and_score_completions`, `_generate`), decisions are scored from the
-tensors of that rollout (`_get_per_token_logps_and_entropies`), and those tensors are handed from batch to scoring
-(`_compute_loss`). To TRL, a setting is a completion of three tokens.
+What this trainer does differently from [`~trl.GRPOTrainer`] is in overrides of it:
+
+- The policy: rows are rolled out through the two stages and the executor (`_generate_and_score_completions`, `_generate`),
+  decisions are scored from the tensors of that rollout (`_get_per_token_logps_and_entropies`), and those tensors are handed
+  from batch to scoring (`_compute_loss`).
+- Exact resume and streams: the order of rows is a function of seed and epoch (`_get_train_sampler`), images stay encoded
+  (`get_train_dataloader`, `get_eval_dataloader`), and training ends where it should (`train`, `_run_epoch`).
+- Optimisation: the stages have learning rates of their own (`create_optimizer`).
+- The card is this package's (`create_model_card`).
 """
 
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +30,21 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
-from ..controller import JointControllerModel
-from ..data import Sample, draw_budget
+from ..controller import BatchController, JointControllerModel
+from ..data import Sample
+from ..decisions import decide
 from ..executor import ExecutorRequest
-from ..knobs import build_action_tokenizer
-from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
-from ..rewards import REWARD_FUNCTIONS
+from ..knobs import KnobSetting, build_action_tokenizer
+from ..latency import LatencyEstimator
+from ..outcomes import OutcomeSource
+from ..rewards import RewardFunction, resolve_rewards, reward_columns
 from .checkpoints import last_complete_checkpoint
+from .draws import draw_action_noise, draw_budget
 from .epoch_checkpoints import EpochCheckpoints
+from .feature_cache import CachedFeatures
 from .joint_grpo_config import JointGRPOConfig
-from .latency_budgets import resolve_latency_budgets
-from .rollout import FeatureCache, collect_outcomes, draw_action_noise
+from .latency_budgets import LatencyBudgetRange, resolve_latency_budgets
+from .model_card import format_model_card
 
 
 logger = logging.get_logger(__name__)
@@ -43,6 +53,9 @@ REQUIRED_COLUMNS = ("sample_id", "image", "question", "answers", "style", "metri
 
 SHUFFLE_BUFFER_SIZE = 1000
 """Rows of a stream, images encoded, that the next one is drawn from."""
+
+LATENCY_ESTIMATOR_FOLDER = "latency_estimator"
+"""Folder of the latency estimator, in that of a controller."""
 
 EVALUATION_EPOCH = 0
 """Epoch that evaluation budgets are drawn for: always the same, so that evaluations can be compared."""
@@ -57,13 +70,13 @@ class Rollout:
         rows (`list[dict]`):
             The rows, with what the reward functions need in place of the image.
         completion_ids (`list[list[int]]`):
-            Each row's setting as three action tokens.
+            Each row's setting as action tokens, one a knob.
         completions (`list[str]`):
             The same, decoded.
         policy_inputs (`dict[str, torch.Tensor]`):
             What scoring the decisions again needs: `question_features` (n, question_size), `latency_budget_ms` (n,),
-            `vision_features` (n, vision_size) at the tiers taken, and `actions` (n, 3), the positions of tier, top_k and
-            num_blocks in the knob space.
+            `vision_features` (n, vision_size) as stage 1 decided, and `actions` (n, knobs), the positions of the values
+            taken.
         metrics (`dict[str, float]`):
             Means over the rows of all processes.
     """
@@ -101,12 +114,12 @@ class JointGRPOTrainer(GRPOTrainer):
     r"""
     Trains a controller by GRPO.
 
-    All members of a group share one latency budget, drawn anew each epoch. Stage 1 samples a tier, stage 2 sees the image
-    at that tier and samples top_k and num_blocks, the collector gives the outcome, the latency estimator the latency, and
-    the reward functions the reward. In evaluation the controller takes the likeliest setting, at budgets that are the
+    All members of a group share one latency budget, drawn anew each epoch. Stage 1 samples its knobs, stage 2 sees the image
+    encoded accordingly and samples the others, the outcome is looked up or computed, the latency estimator gives the latency,
+    and the reward functions the reward. In evaluation the controller takes the likeliest setting, at budgets that are the
     same in every evaluation. Losses, advantages, the reference model, generation buffers, logs and checkpoints are TRL's.
 
-    Beside TRL's metrics, `accuracy`, `latency_ms`, `budget_violation_rate` and the share of each knob value
+    Besides TRL's metrics, `accuracy`, `latency_ms`, `budget_violation_rate` and the share of each knob value
     (`knobs/tier=low`, …) are logged, with `eval_` in front in evaluation.
 
     Example:
@@ -114,7 +127,7 @@ class JointGRPOTrainer(GRPOTrainer):
     ```python
     >>> trainer = JointGRPOTrainer(
     ...     model=JointControllerModel(config),
-    ...     collector=OutcomeCollector(executor, store, score_answer),
+    ...     outcomes=OutcomeCollector(executor, store, score_answer),
     ...     latency_estimator=LatencyEstimatorModel.from_pretrained("latency"),
     ...     args=JointGRPOConfig(output_dir="controller", latency_budget_min_ms=5, latency_budget_max_ms=20),
     ...     train_dataset=train_dataset,
@@ -126,11 +139,11 @@ class JointGRPOTrainer(GRPOTrainer):
     Args:
         model ([`JointControllerModel`]):
             The controller. Its budget range must contain the training budgets.
-        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
+        outcomes ([`OutcomeSource`]):
             Gives the outcome of a sample at a setting, by look-up or by running the executor, and the features that the
-            controller sees. With several processes the store of an [`OutcomeCollector`] must be in a folder.
-        latency_estimator ([`LatencyEstimatorModel`], *optional*):
-            Gives the latency of an outcome. `None` takes the latencies that were measured with the outcomes.
+            controller sees.
+        latency_estimator ([`LatencyEstimator`]):
+            Gives the latency of an outcome.
         args ([`JointGRPOConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -141,14 +154,23 @@ class JointGRPOTrainer(GRPOTrainer):
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Samples to evaluate on.
         reward_funcs (`list[Callable]`, *optional*):
-            TRL reward functions. They are given the columns of the row (without the image), and `accuracy`, `latency_ms`,
-            `latency_budget_ms`, `normalized_knobs`, `answer` and `setting`. Defaults to the five of
-            [`joint_controller.rewards`]; `args.reward_weights` must have one value for each.
+            TRL reward functions, which are given what [`~joint_controller.rewards.reward_columns`] lists. Defaults to the five
+            of [`joint_controller.rewards`]. `args.reward_weights` has one value for each, or is filled in.
+        latency_budgets ([`LatencyBudgetRange`], *optional*):
+            Budgets to train under, if they are resolved already. By default what
+            [`~trainer.resolve_latency_budgets`] makes of `args`.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Callbacks beside the default ones.
+            Callbacks besides the default ones.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use. `stage1_lr_ratio` has no effect on an optimizer that is given here, apart from
             freezing.
+
+    Attributes:
+        evaluation_decisions (`list[tuple[float, KnobSetting]]`):
+            Budget in ms and setting of each request of the last evaluation, in this process.
+        model_card (`str`):
+            The README that is written with the controller when it is pushed to the Hub. May be set, once there are results
+            to show.
 
     Raises:
         ValueError: If the controller does not fit the outcomes or the features, a data set lacks a column or repeats a sample id, no
@@ -160,16 +182,18 @@ class JointGRPOTrainer(GRPOTrainer):
     def __init__(
         self,
         model: JointControllerModel,
-        collector: OutcomeCollector | RecordedOutcomes,
-        latency_estimator: LatencyEstimatorModel | None,
+        outcomes: OutcomeSource,
+        latency_estimator: LatencyEstimator,
         args: JointGRPOConfig,
         train_dataset: Dataset | IterableDataset,
         eval_dataset: Dataset | None = None,
-        reward_funcs: Sequence[Callable] | None = None,
+        reward_funcs: Sequence[RewardFunction] | None = None,
+        latency_budgets: LatencyBudgetRange | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        self.collector = collector
+        self.outcomes = outcomes
+        self.model_card = format_model_card(model.knob_space)
         self.latency_estimator = latency_estimator
         self.knob_space = model.knob_space
         self._check_controller(model)
@@ -178,7 +202,9 @@ class JointGRPOTrainer(GRPOTrainer):
                 _check_dataset(dataset, name)
         if isinstance(train_dataset, IterableDataset):
             args.check_streaming()
-        self.latency_budgets = resolve_latency_budgets(args, collector, latency_estimator, train_dataset)
+        if latency_budgets is None:
+            latency_budgets = resolve_latency_budgets(args, outcomes, latency_estimator, train_dataset)
+        self.latency_budgets = latency_budgets
         trained = (model.config.latency_budget_min_ms, model.config.latency_budget_max_ms)
         if self.latency_budgets.minimum_ms < trained[0] or self.latency_budgets.maximum_ms > trained[1]:
             raise ValueError(
@@ -187,18 +213,24 @@ class JointGRPOTrainer(GRPOTrainer):
                 "make a controller whose configuration has the wider one."
             )
 
-        # Settings by their place in the order of the knob space, so that a batch of actions needs one look-up a row.
-        self._settings = list(self.knob_space)
-        self._normalized_knobs = [self.knob_space.normalized(setting) for setting in self._settings]
-        sizes = self.knob_space.sizes
-        self._setting_strides = torch.tensor([sizes[1] * sizes[2], sizes[2], 1])
-        self._first_action = torch.tensor([0, sizes[0], sizes[0] + sizes[1]])
+        if args.max_completion_length not in (None, len(self.knob_space.names)):
+            raise ValueError(
+                f"`max_completion_length` is {args.max_completion_length}, but the controller decides on "
+                f"{len(self.knob_space.names)} knobs: leave it out."
+            )
+        args.max_completion_length = len(self.knob_space.names)
+        rewards = resolve_rewards(None, args.reward_weights) if reward_funcs is None else dict.fromkeys(reward_funcs)
+        if reward_funcs is None:
+            args.reward_weights = list(rewards.values())
+        # Where the actions of each knob begin among all.
+        sizes = torch.tensor(self.knob_space.sizes)
+        self._first_action = sizes.cumsum(0) - sizes
         tokenizer = build_action_tokenizer(self.knob_space)
         self._action_token_ids = torch.tensor(tokenizer.convert_tokens_to_ids(self.knob_space.action_tokens()))
-        self._question_features = FeatureCache()
-        self._vision_features = FeatureCache()
+        self._features = None if outcomes.features is None else CachedFeatures(outcomes.features, self.knob_space)
         self._rollout: Rollout | None = None
         self._policy_inputs: dict[str, torch.Tensor] | None = None
+        self.evaluation_decisions: list[tuple[float, KnobSetting]] = []
 
         if args.stage1_checkpoint is not None:
             model.load_stage1(args.stage1_checkpoint)
@@ -214,7 +246,7 @@ class JointGRPOTrainer(GRPOTrainer):
         try:
             super().__init__(
                 model=model,
-                reward_funcs=list(REWARD_FUNCTIONS.values() if reward_funcs is None else reward_funcs),
+                reward_funcs=list(rewards),
                 args=args,
                 train_dataset=_keep_images_encoded(train_dataset),
                 eval_dataset=None if eval_dataset is None else _keep_images_encoded(eval_dataset),
@@ -229,33 +261,28 @@ class JointGRPOTrainer(GRPOTrainer):
             self.add_callback(EpochCheckpoints(args.save_every_n_epochs))
         if reference is not None:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        shares_store = self.accelerator.num_processes > 1 and isinstance(collector, OutcomeCollector)
-        if shares_store and collector.store.path is None:
-            raise ValueError(
-                f"{self.accelerator.num_processes} processes share their outcomes through a folder, but the outcome store "
-                "is in memory: open it with a path."
-            )
+        outcomes.check_processes(self.accelerator.num_processes)
 
     def _check_controller(self, model: JointControllerModel) -> None:
-        if self.knob_space != self.collector.knob_space:
+        if self.knob_space != self.outcomes.knob_space:
             raise ValueError(
-                f"the controller chooses from {self.knob_space.to_dict()}, but there are outcomes for "
-                f"{self.collector.knob_space.to_dict()}: build both with one knob space."
+                f"the controller chooses from {self.knob_space}, but there are outcomes for {self.outcomes.knob_space}: build "
+                "both with one knob space."
             )
-        features = self.collector.feature_source
-        seen = {"question_size": model.config.sees_question, "vision_size": model.config.sees_image}
+        features = self.outcomes.features
+        seen = {"question_size": model.sees_question, "vision_size": model.sees_image}
         for name in (name for name, is_seen in seen.items() if is_seen):
             if features is None:
                 raise ValueError(
                     f"the controller sees `stage1_inputs` {model.config.stage1_inputs!r} and `stage2_inputs` "
                     f"{model.config.stage2_inputs!r}, but nothing gives features of questions and images: give the "
-                    "collector a feature source, or build a controller that sees the budget alone."
+                    "outcomes a feature source, or build a controller that sees the budget alone."
                 )
-            size = getattr(model.config, name)
-            if size != features.hidden_size:
+            size, size_there = getattr(model.config, name), getattr(features, name)
+            if size != size_there:
                 raise ValueError(
-                    f"the controller's `{name}` is {size}, but the executor's features are {features.hidden_size} wide: "
-                    "build the controller with the executor's hidden size."
+                    f"the controller's `{name}` is {size}, but the executor's features are {size_there} wide: build the "
+                    "controller for this executor."
                 )
 
     # Data
@@ -302,6 +329,11 @@ class JointGRPOTrainer(GRPOTrainer):
         return int(self.state.epoch)
 
     # Rollouts
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As [`~transformers.Trainer.evaluate`]; `evaluation_decisions` are those of the last evaluation."""
+        self.evaluation_decisions = []
+        return super().evaluate(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         mode = "train" if self.model.training else "eval"
@@ -360,85 +392,35 @@ class JointGRPOTrainer(GRPOTrainer):
         }
         budgets = [budget_of[sample["sample_id"]] for sample in samples]
         latency_budget_ms = torch.tensor(budgets, device=device)
-        question_features = self._look_at_questions(samples).to(device)
-        noise = self._draw_noise(samples, epoch, training).to(device)  # (n, values of all knobs)
-        tier_noise, top_k_noise, num_blocks_noise = noise.split(self.knob_space.sizes, dim=-1)
-
-        tier_logits = self.model.stage1(question_features, latency_budget_ms)
-        tier_index = (tier_logits / self.temperature + tier_noise).argmax(-1)
-        vision_features = self._look_at_images(samples, tier_index).to(device)
-        top_k_logits, num_blocks_logits = self.model.stage2(
-            vision_features, question_features, latency_budget_ms, tier_index
-        )
-        top_k_index = (top_k_logits / self.temperature + top_k_noise).argmax(-1)
-        num_blocks_index = (num_blocks_logits / self.temperature + num_blocks_noise).argmax(-1)
-        actions = torch.stack([tier_index, top_k_index, num_blocks_index], dim=-1)  # (n, 3)
-
-        setting_indices = (actions.cpu() * self._setting_strides).sum(-1).tolist()
-        settings = [self._settings[index] for index in setting_indices]
-        outcomes = collect_outcomes(self.collector, samples, settings)
-        latency_ms = predict_latency_ms(self.latency_estimator, outcomes)
-        accuracy = torch.tensor([outcome.accuracy for outcome in outcomes])
-        rows = [
-            {
-                **{column: value for column, value in sample.items() if column != "image"},
-                "prompt": f"{sample['question']} ({budget:.2f} ms)",
-                "accuracy": outcome.accuracy,
-                "latency_ms": latency,
-                "latency_budget_ms": budget,
-                "normalized_knobs": self._normalized_knobs[index],
-                "answer": outcome.answer,
-                "setting": outcome.setting,
-            }
-            for sample, budget, outcome, latency, index in zip(
-                samples, budgets, outcomes, latency_ms.tolist(), setting_indices, strict=True
-            )
+        chooser = BatchController(self.model, self._draw_noise(samples, epoch) if training else None, self.temperature)
+        requests = [ExecutorRequest.of(sample, self.knob_space.cheapest) for sample in samples]
+        decisions = decide(chooser, self._features, requests, latency_budget_ms)
+        outcomes = self.outcomes.collect_together(samples, decisions.settings)
+        latency_ms = self.latency_estimator.latency_ms(outcomes)
+        columns = reward_columns(self.knob_space, samples, outcomes, latency_ms.tolist(), budgets)
+        columns["prompt"] = [
+            f"{sample['question']} ({budget:.2f} ms)" for sample, budget in zip(samples, budgets, strict=True)
         ]
-        action_index = actions.cpu() + self._first_action  # (n, 3), positions among all action tokens
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if not training:
+            self.evaluation_decisions += zip(budgets, decisions.settings, strict=True)
+        accuracy = torch.tensor([outcome.accuracy for outcome in outcomes])
+        action_index = decisions.actions.cpu() + self._first_action  # (n, knobs), positions among all action tokens
         return Rollout(
             rows=rows,
             completion_ids=self._action_token_ids[action_index].tolist(),
-            completions=[str(setting) for setting in settings],
+            completions=[str(setting) for setting in decisions.settings],
             policy_inputs={
-                "question_features": question_features,
+                "question_features": decisions.question_features,
                 "latency_budget_ms": latency_budget_ms,
-                "vision_features": vision_features,
-                "actions": actions,
+                "vision_features": decisions.vision_features,
+                "actions": decisions.actions,
             },
             metrics=self._rollout_metrics(accuracy, latency_ms, torch.tensor(budgets), action_index),
         )
 
-    def _look_at_questions(self, samples: list[Sample]) -> torch.Tensor:
-        if not self.model.config.sees_question:
-            return torch.empty(len(samples), 0)
-        questions = [sample["question"] for sample in samples]
-        features = self.collector.feature_source
-        return self._question_features.lookup(
-            questions, lambda rows: torch.cat([features.question_features([questions[row]]) for row in rows])
-        )
-
-    def _look_at_images(self, samples: list[Sample], tier_index: torch.Tensor) -> torch.Tensor:
-        if not self.model.config.sees_image:
-            return torch.empty(len(samples), 0)
-        features = self.collector.feature_source
-        tiers = [self.knob_space.values["tier"][index] for index in tier_index.tolist()]
-
-        def encode(rows: list[int]) -> torch.Tensor:
-            vectors: dict[int, torch.Tensor] = {}
-            for tier in self.knob_space.tier_crops:
-                of_tier = [row for row in rows if tiers[row] == tier]
-                requests = [ExecutorRequest.of(samples[row], self.knob_space.full) for row in of_tier]
-                if requests:
-                    vectors.update(zip(of_tier, features.vision_features(requests, tier), strict=True))
-            return torch.stack([vectors[row] for row in rows])
-
-        keys = [(sample["sample_id"], tier) for sample, tier in zip(samples, tiers, strict=True)]
-        return self._vision_features.lookup(keys, encode)
-
-    def _draw_noise(self, samples: list[Sample], epoch: int, training: bool) -> torch.Tensor:
+    def _draw_noise(self, samples: list[Sample], epoch: int) -> torch.Tensor:
         num_logits = sum(self.knob_space.sizes)
-        if not training:
-            return torch.zeros(len(samples), num_logits)
         noise_of = {
             sample_id: draw_action_noise(self.args.seed, epoch, sample_id, self.num_generations, num_logits)
             for sample_id in {sample["sample_id"] for sample in samples}
@@ -475,18 +457,12 @@ class JointGRPOTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Log-probabilities and entropies of the three decisions, (n, 3) each. The token ids are not looked at."""
-        inputs = self._policy_inputs
-        actions = inputs["actions"]
+        """Log-probabilities and entropies of the decisions, (n, knobs) each. The token ids are not looked at."""
+        actions = self._policy_inputs["actions"]
         with self.accelerator.autocast():
-            outputs = model(
-                question_features=inputs["question_features"],
-                latency_budget_ms=inputs["latency_budget_ms"],
-                vision_features=inputs["vision_features"],
-                tier_index=actions[:, 0],
-            )
+            outputs = model(**self._policy_inputs)
         logps, entropies = [], []
-        for knob, logits in enumerate((outputs.tier_logits, outputs.top_k_logits, outputs.num_blocks_logits)):
+        for knob, logits in enumerate(outputs.logits):
             log_probs = (logits.float() / self.temperature).log_softmax(-1)
             logps.append(log_probs.gather(-1, actions[:, knob, None]))
             entropies.append(-(log_probs.exp() * log_probs).sum(-1, keepdim=True))
@@ -552,6 +528,18 @@ class JointGRPOTrainer(GRPOTrainer):
         else:
             # To transformers, a stream has epochs without end.
             self.control.should_training_stop = True
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # A controller is of use with the latencies that it was trained with, wherever it goes: checkpoints, the Hub.
+        super()._save(output_dir, state_dict)
+        self.latency_estimator.save_pretrained(Path(output_dir or self.args.output_dir) / LATENCY_ESTIMATOR_FOLDER)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes `model_card` to the output folder: TRL's card would show how to generate text."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(self.model_card, encoding="utf-8")
 
 
 def _repeat_epoch(epoch: IterableDataset) -> Iterator[dict[str, Any]]:

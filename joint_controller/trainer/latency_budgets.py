@@ -6,10 +6,9 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..data import read_samples, take_rows
-from ..latency import LatencyEstimatorModel
-from ..outcomes import OutcomeCollector, RecordedOutcomes, predict_latency_ms
+from ..latency import LatencyEstimator
+from ..outcomes import OutcomeSource
 from .joint_grpo_config import JointGRPOConfig
-from .rollout import collect_outcomes
 
 
 NUM_PROBES = 64
@@ -41,8 +40,8 @@ class LatencyBudgetRange:
 
 def resolve_latency_budgets(
     args: JointGRPOConfig,
-    collector: OutcomeCollector | RecordedOutcomes,
-    latency_estimator: LatencyEstimatorModel | None,
+    outcomes: OutcomeSource,
+    latency_estimator: LatencyEstimator,
     train_dataset: Dataset | IterableDataset,
 ) -> LatencyBudgetRange:
     """
@@ -52,10 +51,10 @@ def resolve_latency_budgets(
     Args:
         args ([`JointGRPOConfig`]):
             Gives the range in ms or as fractions of the full setting's estimated latency.
-        collector ([`OutcomeCollector`] or [`RecordedOutcomes`]):
-            Gives token counts of the samples at a setting.
-        latency_estimator ([`LatencyEstimatorModel`], *optional*):
-            Turns settings and token counts into ms. `None` takes the latencies that were measured with the outcomes.
+        outcomes ([`OutcomeSource`]):
+            Gives what the executor did with the samples at a setting.
+        latency_estimator ([`LatencyEstimator`]):
+            Gives its latency.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Training samples, in the schema of `load_vqa_dataset`. Of a stream, the first 64 are looked at.
 
@@ -73,9 +72,9 @@ def resolve_latency_budgets(
         probes = read_samples(train_dataset.select(rows))
 
     def probed_ms(setting) -> torch.Tensor:
-        return predict_latency_ms(latency_estimator, collect_outcomes(collector, probes, [setting] * len(probes)))
+        return latency_estimator.latency_ms(outcomes.collect_together(probes, [setting] * len(probes)))
 
-    space = collector.knob_space
+    space = outcomes.knob_space
     full_setting_ms = probed_ms(space.full).mean().item()
     cheapest_setting_ms = probed_ms(space.cheapest).max().item()
     if args.latency_budget_min_ms is not None:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from joint_controller import MolmoConfig
-from joint_controller.benchmarks.bench_training import PHOTOGRAPH_SIZE, BenchTrainingArguments, load_questions
+from joint_controller.benchmarks.training import PHOTOGRAPH_SIZE, BenchTrainingArguments, load_questions
 from joint_controller.cli import main
-from joint_controller.molmo.executor import embedded_executor_path
+from joint_controller.executor import embedded_executor_path
+from joint_controller.molmo import MolmoConfig, family
 from joint_controller.molmo.executor.random_executor import RANDOM_CONFIGS
 
 
@@ -18,11 +18,10 @@ def test_the_controller_is_timed_beside_its_modules(tmp_path, capsys):
     path = tmp_path / "controller.json"
     assert main(["bench", "controller", "--device", "cpu", "--num_requests", "20", "--json", str(path)]) == 0
     results = json.loads(path.read_text())
-    assert results["limit_ms"] == pytest.approx(0.01 * results["full_setting_ms"])
     for way in ("modules", "request controller"):
         stages = results["ms"][way]
-        assert 0 < stages["stage 1"] < stages["both stages"]
-    assert "Both stages may take" in capsys.readouterr().out
+        assert 0 < stages["stage 1"] < stages["both stages"] < results["full_setting_ms"]
+    assert f"of the full setting's {results['full_setting_ms']:.1f} ms" in capsys.readouterr().out
 
 
 def test_training_runs_the_executor_for_what_is_not_known(tmp_path, capsys):
@@ -40,6 +39,7 @@ def test_training_runs_the_executor_for_what_is_not_known(tmp_path, capsys):
 def test_training_with_random_weights_asks_about_photographs_and_less_of_the_modules(tmp_path, monkeypatch):
     # Sizes that an estimator ships for, and that a CPU can run.
     monkeypatch.setitem(RANDOM_CONFIGS, "small", lambda: MolmoConfig.from_pretrained(embedded_executor_path()))
+    monkeypatch.setattr(family, "random_names", ("small",))
     path = tmp_path / "training.json"
     flags = ["--model_path", "random:small", "--num_stock_questions", "1", "--max_new_tokens", "3"]
     assert main(["bench", "training", *SMALL, *flags, "--device", "cpu", "--json", str(path)]) == 0
@@ -62,7 +62,7 @@ def test_an_executor_that_no_estimator_ships_for_is_refused(tmp_path, tiny_molmo
     ("flags", "message"),
     [
         (["controller", "--num_requests", "0"], "`num_requests` is 0: give 1 or more"),
-        (["training", "--num_generations", "1"], "`num_generations` is 1: a group needs 2 settings or more"),
+        (["training", "--num_generations", "1"], "`num_generations` is 1: give 2 or more"),
         (["training", "--num_rollouts", "0"], "`num_rollouts` is 0: give 1 or more"),
         (["training", "--num_stock_questions", "65"], "`num_stock_questions` is 65, but a rollout has 64"),
         (["training", "--model_path", "random:molmo-72b"], "choose random:molmoe-1b"),

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from joint_controller import KnobSetting, KnobSpace
-from joint_controller.benchmarks.bench_executor_checks import (
+from joint_controller import KnobSetting
+from joint_controller.benchmarks.executor_checks import (
     Comparison,
     compare_neighbours,
     format_agreement,
@@ -15,6 +15,7 @@ from joint_controller.benchmarks.bench_executor_checks import (
     format_memory,
     median_interval,
 )
+from joint_controller.molmo.knob_space import build_knob_space
 
 
 def printed(table, capsys):
@@ -53,7 +54,7 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test():
     assert median_interval([1.0] * 7) == (-math.inf, math.inf)
 
 
-SPACE = KnobSpace({"low": (1, 1), "medium": (2, 4), "high": (5, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
+SPACE = build_knob_space({"low": (1, 1), "medium": (2, 4), "high": (5, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
 
 
 def wandering_clock(true_ms, noise, seed=0):
@@ -72,20 +73,21 @@ def wandering_clock(true_ms, noise, seed=0):
 
 
 def true_ms(setting):
-    views = {"low": 2, "medium": 5, "high": 10}[setting.tier]
-    return 2 * views + setting.num_blocks * (1 + 0.01 * setting.top_k)
+    views = {"low": 2, "medium": 5, "high": 10}[setting["tier"]]
+    return 2 * views + setting["num_blocks"] * (1 + 0.01 * setting["top_k"])
 
 
 def test_a_higher_value_that_is_faster_is_found_on_a_machine_whose_clock_wanders(capsys):
+    fault = KnobSetting({**SPACE.full, "top_k": 4})
+
     def with_fault(setting):
-        return true_ms(setting) * (0.95 if setting == KnobSetting("high", 4, 4) else 1)
+        return true_ms(setting) * (0.95 if setting == fault else 1)
 
     results = compare_neighbours(SPACE, wandering_clock(with_fault, noise=0.02), repeats=8)
     assert results["settings"] == 27 and [knob["neighbours"] for knob in results["knobs"].values()] == [18, 18, 18]
     # It stands behind the next lower value of top_k; more blocks or crops cost more than it saves.
-    assert [pair.split(":")[0] for pair in results["below_0.98"]] == [
-        f"{KnobSetting('high', 2, 4)} -> {KnobSetting('high', 4, 4)}"
-    ]
+    lower = KnobSetting({**fault, "top_k": 2})
+    assert [pair.split(":")[0] for pair in results["below_0.98"]] == [f"{lower} -> {fault}"]
     assert 0.94 < results["smallest_ratio"] == results["knobs"]["top_k"]["smallest_ratio"] < 0.97
     assert [knob["below"] for knob in results["knobs"].values()] == [0, 1, 0]
     assert results["full_ms"] / with_fault(SPACE.full) == pytest.approx(1, abs=0.35)
@@ -100,7 +102,7 @@ def test_no_fault_is_found_where_there_is_none_and_noise_is_larger_than_the_tole
 
 
 def test_a_space_of_one_setting_has_no_neighbours(capsys):
-    space = KnobSpace({"low": (1, 3)}, top_k=(4,), num_blocks=(12,))
+    space = build_knob_space({"low": (1, 3)}, top_k=(4,), num_blocks=(12,))
     results = compare_neighbours(space, lambda setting: 5.0, repeats=8)
     assert results["cheapest_ms"] == results["full_ms"] == 5.0
     assert results["knobs"] == {} and results["smallest_ratio"] is None

@@ -2,13 +2,13 @@
 
 import pytest
 
-from joint_controller import KnobSpace
-from joint_controller.benchmarks.bench_executor_checks import measure_grid
-from joint_controller.benchmarks.bench_requests import RememberingProcessor, RequestMaker
+from joint_controller.benchmarks.executor_checks import measure_grid
+from joint_controller.benchmarks.requests import RememberingProcessor, RequestMaker
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.molmo.knob_space import build_knob_space, tier_crops_of
 
 
-SPACE = KnobSpace({"low": (1, 1), "high": (5, 9)}, top_k=(1, 2), num_blocks=(4,))
+SPACE = build_knob_space({"low": (1, 1), "high": (5, 9)}, top_k=(1, 2), num_blocks=(4,))
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,11 @@ def maker(executor):
 @pytest.mark.parametrize(("tier", "num_crops"), [("low", 1), ("high", 6), ("high", 9)])
 @pytest.mark.parametrize("num_tokens", [0, 280])
 def test_a_request_has_as_many_crops_and_tokens_as_asked_for(executor, maker, tier, num_crops, num_tokens):
-    setting = next(setting for setting in SPACE if setting.tier == tier)
+    setting = next(setting for setting in SPACE if setting["tier"] == tier)
     request = maker.make("one", setting, num_crops, num_tokens, seed=1)
     times = executor.time_request(request, repeats=1, warmup=0, decode_steps=1)
-    assert times.num_views == 1 + num_crops
-    length = times.vision_tokens + times.text_tokens
+    assert times.counts["num_views"] == 1 + num_crops
+    length = times.counts["vision_tokens"] + times.counts["text_tokens"]
     assert length == num_tokens if num_tokens else len(request.question.split()) == 5
     again = maker.make("one", setting, num_crops, num_tokens, seed=1)
     assert again.question == request.question and again.image.tobytes() == request.image.tobytes()
@@ -42,9 +42,9 @@ def test_crops_that_no_image_has_are_refused(maker):
 
 def test_mixed_requests_are_of_all_tiers_and_each_sample_has_one_image_a_tier(maker):
     requests = maker.mixed(40, 5, "mixed")
-    assert {request.setting.tier for request in requests} == {"low", "high"}
-    images = {(request.sample_id, request.setting.tier): request.image for request in requests}
-    assert all(request.image is images[request.sample_id, request.setting.tier] for request in requests)
+    assert {request.setting["tier"] for request in requests} == {"low", "high"}
+    images = {(request.sample_id, request.setting["tier"]): request.image for request in requests}
+    assert all(request.image is images[request.sample_id, request.setting["tier"]] for request in requests)
     assert [str(one.setting) for one in requests] == [str(one.setting) for one in maker.mixed(40, 5, "mixed")]
     assert [one.question for one in requests] != [one.question for one in maker.mixed(40, 5, "other")]
 
@@ -54,7 +54,7 @@ def test_an_image_is_processed_once_for_a_question_at_a_tier(executor, maker):
     request = maker.make("one", SPACE.full, 9, 0, seed=1)
 
     def process(question, tier):
-        return processor(images=request.image, text=question, tier=tier, tier_crops=SPACE.tier_crops)
+        return processor(images=request.image, text=question, tier=tier, tier_crops=tier_crops_of(SPACE))
 
     first = process("a", "high")
     assert process("a", "high") is first

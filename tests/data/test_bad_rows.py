@@ -191,7 +191,7 @@ def test_rows_keep_their_numbers_in_a_subset(tmp_path):
     assert found == {BAD_ROW}
 
 
-def test_the_list_has_each_row_once_and_forgets_what_was_mended(tmp_path):
+def test_the_list_has_each_row_once_and_forgets_what_was_repaired(tmp_path):
     bad, other = write_rows(tmp_path / "bad", "question", ""), write_rows(tmp_path / "other", "answers", [])
     path = tmp_path / "skipped_rows.jsonl"
     for _ in range(2):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from joint_controller.data import ImageError, decode_image
 from joint_controller.data.images import MAX_IMAGE_PIXELS, check_image
-from joint_controller.molmo.image_processing_molmo import MolmoImageProcessor, convert_to_rgb
+from joint_controller.images import convert_to_rgb
+from joint_controller.molmo.image_processing_molmo import MolmoImageProcessor
 
 
 def encode(image: Image.Image, format: str = "PNG", **kwargs) -> dict:

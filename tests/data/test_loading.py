@@ -8,7 +8,15 @@ import pytest
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
 
-from joint_controller.data import FEATURES, QUESTION_TYPES, SPLITS, keep_good_rows, load_vqa_dataset, load_vqa_datasets
+from joint_controller.data import (
+    FEATURES,
+    QUESTION_TYPES,
+    SPLITS,
+    keep_good_rows,
+    load_vqa_dataset,
+    load_vqa_datasets,
+    stream_vqa_datasets,
+)
 
 
 COLUMNS = ["sample_id", "image", "question", "answers", "style", "metric", "question_type"]
@@ -169,6 +177,13 @@ def test_columns_that_are_given_are_kept(tmp_path):
     dataset = load_vqa_dataset(str(tmp_path / "data"))
     assert dataset["sample_id"][:] == ["a", "b", "c"]
     assert set(dataset["style"]) == {"a_okvqa_da"} and set(dataset["question_type"]) == {"sign"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_style_that_only_an_executor_can_judge_is_passed_on(tmp_path, streaming):
+    Dataset.from_dict(good_rows(3) | {"style": ["a_style_of_ones_own"] * 3}).to_parquet(tmp_path / "train.parquet")
+    load = stream_vqa_datasets if streaming else load_vqa_datasets
+    assert {row["style"] for row in load([str(tmp_path)])} == {"a_style_of_ones_own"}
 
 
 def test_a_subset_keeps_the_ids_of_its_rows(tmp_path):

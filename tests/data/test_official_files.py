@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -82,6 +83,7 @@ def test_official_files_give_the_rows_of_the_hub(official, tmp_path, name, strea
     assert set(hub_part["sample_id"]) == set(official_part["sample_id"])
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_on_the_official_files(tmp_path, monkeypatch):
     """As it is shipped, but for the executor, its budgets and the number of steps: the paths are those of the recipe."""
     recipe = Path(__file__).parents[2] / "recipes" / "molmoe_1b" / "grpo.yaml"
@@ -213,6 +215,10 @@ def edit(file: Path, change) -> None:
     file.write_text(json.dumps(document))
 
 
+def set_field(key: str, row: int, field: str, value, document: dict) -> None:
+    document[key][row][field] = value
+
+
 QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
 
 
@@ -225,6 +231,17 @@ QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoc
         (QUESTIONS, lambda document: document["questions"].pop(0), "row 5: .* has no question 42000"),
         (ANNOTATIONS, lambda document: document["annotations"].pop(), "no answers to 1 questions .* is 42000"),
         (ANNOTATIONS, lambda document: document.pop("annotations"), "has no rows under 'annotations'"),
+        *(
+            (file, partial(set_field, key, row, field, value), f"{file}', row {row}, field '{field}' is {message}")
+            for file, key, row, field, value, message in (
+                (ANNOTATIONS, "annotations", 3, "image_id", "forty-two", "'forty-two', which is not a whole number"),
+                (ANNOTATIONS, "annotations", 2, "image_id", 42.5, "42.5, which is not a whole number"),
+                (ANNOTATIONS, "annotations", 1, "image_id", None, "None, which is not a whole number"),
+                (ANNOTATIONS, "annotations", 0, "question_id", [42], r"\[42\], which is not a whole number"),
+                (ANNOTATIONS, "annotations", 4, "answers", None, "None, which is not a list"),
+                (QUESTIONS, "questions", 5, "question_id", "42", "'42', which is not a whole number"),
+            )
+        ),
     ],
 )
 def test_files_that_do_not_fit_are_refused_where_they_do_not(official, file, change, message):
@@ -240,6 +257,38 @@ def test_damaged_json_is_refused(official, content):
     with pytest.raises(ValueError, match="official files of data set 'text_vqa'.*TextVQA_0.5.1_val.json'") as caught:
         read_source(f"text_vqa={official['text_vqa']}", "validation")
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_outside_the_folder_of_its_data_set_is_refused(official, tmp_path):
+    """Though it is there, and can be read."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "1.jpg").write_bytes(encoded_image(1)["bytes"])
+    name = "../../../secret/1"
+    assert (official["text_vqa"] / "train_images" / f"{name}.jpg").is_file()
+    edit(official["text_vqa"] / "TextVQA_0.5.1_val.json", partial(set_field, "data", 4, "image_id", name))
+    message = f"row 4, field 'image_id' names the image 'train_images/{name}.jpg': give its path below the data set's"
+    with pytest.raises(ValueError, match=message) as caught:
+        read_source(f"text_vqa={official['text_vqa']}", "validation")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["../../secret/1.jpg", "{}/secret/1.jpg", "coco-text/../../secret/1.jpg", None, 7])
+def test_a_path_that_leaves_the_folder_of_its_data_set_is_refused(tmp_path, path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "1.jpg").write_bytes(encoded_image(1)["bytes"])
+    (tmp_path / "st_qa" / "coco-text").mkdir(parents=True)
+    path = path.format(tmp_path) if isinstance(path, str) else path
+    record = {"file_path": path, "question": "What shop?", "question_id": 11, "answers": ["corner"]}
+    (tmp_path / "st_qa" / "train_task_3.json").write_text(json.dumps({"data": [record]}))
+    message = "names the image" if isinstance(path, str) else f"is {path}, which is not a string"
+    with pytest.raises(ValueError, match=f"train_task_3.json', row 0, field 'file_path' {message}"):
+        read_source(f"st_qa={tmp_path / 'st_qa'}")
+
+
+def test_image_folders_may_be_links(official, tmp_path):
+    (official["text_vqa"] / "train_images").rename(tmp_path / "elsewhere")
+    (official["text_vqa"] / "train_images").symlink_to(tmp_path / "elsewhere")
+    assert load_vqa_dataset(f"text_vqa={official['text_vqa']}", "validation")[0]["image"].size == (12, 8)
 
 
 # ---- further official files -----------------------------------------------------------------------------------------
@@ -261,7 +310,7 @@ def test_scene_text_vqa(tmp_path):
     image = tmp_path / "train" / record["file_path"]
     image.parent.mkdir(parents=True)
     image.write_bytes(encoded_image(1)["bytes"])
-    # The test images, unpacked beside, have folders of the same names.
+    # The test images, unpacked next to them, have folders of the same names.
     (tmp_path / "test" / "coco-text").mkdir(parents=True)
     row = read_source(f"st_qa={tmp_path}")[0]
     assert row["sample_id"] == "st_qa/train/11"

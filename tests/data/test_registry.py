@@ -242,7 +242,7 @@ def test_mmmu_open_questions_are_scored_by_exact_match(read):
         ({"question": "<image 1> and <image 2> show"}, "image: the question is on image_1, image_2, and one image"),
         ({"question": "See <image 3>."}, "image: the question is on image_3, and one image"),
         ({"options": "['<image 2>', '<image 3>']"}, "image: the question is on image_1, image_2, image_3"),
-        ({"options": "['a', 'b'"}, "question: its options are no list (['a', 'b')"),
+        ({"options": "['a', 'b'"}, "question: its options are not a list (['a', 'b')"),
         ({"answer": "E"}, "answers: the right choice is 'E' of ['A', 'B', 'C', 'D']"),
     ],
 )

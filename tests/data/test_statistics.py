@@ -1,4 +1,4 @@
-"""Statistics of a data set: counts by hand, lengths against the processor's own output."""
+"""Statistics of a data set: counts by hand, and the inputs of an executor against what its counter says of each row."""
 
 import io
 import math
@@ -10,9 +10,36 @@ from PIL import Image
 
 from joint_controller.data import FEATURES
 from joint_controller.data.statistics import describe_dataset, summarize
+from joint_controller.images import oriented_size
+from joint_controller.knobs import Knob, KnobSpace
 
 
-TIER_CROPS = {"low": (1, 2), "high": (4, 9)}
+class TileCounter:
+    """Counts tiles of a side that the knob `detail` gives, each of four tokens, and a token a word."""
+
+    count_names = ("num_tiles", "vision_tokens", "text_tokens")
+
+    def __init__(self, stages=(2, 1), limit=100):
+        depth_stage, detail_stage = stages
+        self.knob_space = KnobSpace(
+            [Knob("depth", (4, 8), depth_stage), Knob("detail", ("low", "high"), detail_stage, (40, 10))]
+        )
+        self.max_prompt_tokens = limit
+        self.asked = []
+
+    def count_inputs(self, request, settings):
+        self.asked.append((request.question, list(settings)))
+        width, height = oriented_size(request.load_image())
+        sides = [self.knob_space["detail"].meaning(setting["detail"]) for setting in settings]
+        # Landscape and portrait differ, so that it shows how an image was turned.
+        num_tiles = [math.ceil(width / side) * math.ceil(height / side) + (width > height) for side in sides]
+        words = len(request.question.split()) + (request.style == "okvqa")
+        text_tokens = [words + (setting["depth"] == 8) for setting in settings]
+        return {
+            "num_tiles": num_tiles,
+            "vision_tokens": [4 * tiles for tiles in num_tiles],
+            "text_tokens": text_tokens,
+        }
 
 
 def encode(image: Image.Image, **kwargs) -> dict:
@@ -52,8 +79,8 @@ def dataset(tmp_path_factory):
     )
 
 
-def test_counts_by_hand(dataset, tiny_processor):
-    statistics = describe_dataset(dataset, tiny_processor, TIER_CROPS, max_prompt_tokens=100)
+def test_counts_by_hand(dataset):
+    statistics = describe_dataset(dataset, TileCounter())
     assert (statistics.num_rows, statistics.num_images) == (4, 3)
     assert statistics.image_sizes == {(90, 40): 2, (40, 90): 1, (64, 64): 1}
     assert statistics.answers == {"blue": 2, "no": 1, "a red star": 1}
@@ -65,31 +92,42 @@ def test_counts_by_hand(dataset, tiny_processor):
     assert statistics.styles == {"vqa2": 3, "okvqa": 1}
 
 
-def test_lengths_are_those_of_the_processors_output(dataset, tiny_processor):
-    limit = 75
-    statistics = describe_dataset(dataset, tiny_processor, TIER_CROPS, limit)
-    text_lengths = [tiny_processor(text=row["question"], style=row["style"])["input_ids"].shape[1] for row in dataset]
-    assert statistics.text_tokens == summarize(text_lengths)
-    for tier, numbers in statistics.tiers.items():
-        lengths, crops = [], []
-        for row in dataset:
-            inputs = tiny_processor(
-                images=row["image"], text=row["question"], style=row["style"], tier=tier, tier_crops=TIER_CROPS
-            )
-            lengths.append(inputs["input_ids"].shape[1])
-            crops.append(inputs["pixel_values"].shape[1] - 1)
+def test_inputs_at_each_value_of_stage_1_with_the_other_knobs_at_their_highest(dataset):
+    inputs = describe_dataset(dataset, TileCounter(limit=150)).inputs
+    assert list(inputs) == ["detail=low", "detail=high"]
+    # Tiles of 40 pixels, then of 10: 90x40, 90x40, 40x90 (as it is to be seen) and 64x64.
+    tiles = {"detail=low": [4, 4, 3, 4], "detail=high": [37, 37, 36, 49]}
+    words = [7, 6, 9, 4]  # with the one that `depth` adds at its highest value, and the one of the style
+    for name, numbers in inputs.items():
+        lengths = [4 * count + text for count, text in zip(tiles[name], words, strict=True)]
+        assert numbers.counts == {
+            "num_tiles": summarize(tiles[name]),
+            "vision_tokens": summarize([4 * count for count in tiles[name]]),
+            "text_tokens": summarize(words),
+        }
         assert numbers.prompt_tokens == summarize(lengths)
-        assert numbers.crops == summarize(crops)
-        assert numbers.vision_tokens == summarize(
-            [length - text for length, text in zip(lengths, text_lengths, strict=True)]
-        )
-        assert numbers.too_long == [f"sample{row}" for row, length in enumerate(lengths) if length > limit]
-    assert not statistics.tiers["low"].too_long and statistics.tiers["high"].too_long, "the limit shows nothing"
+        assert numbers.too_long == [f"sample{row}" for row, length in enumerate(lengths) if length > 150]
+    assert not inputs["detail=low"].too_long and inputs["detail=high"].too_long
 
 
-def test_an_empty_data_set_is_refused(dataset, tiny_processor):
+def test_several_knobs_of_stage_1_and_none(dataset):
+    inputs = describe_dataset(dataset, TileCounter(stages=(1, 1))).inputs
+    assert list(inputs) == [f"depth={depth} detail={detail}" for depth in (4, 8) for detail in ("low", "high")]
+    assert [numbers.counts["text_tokens"]["max"] for numbers in inputs.values()] == [8, 8, 9, 9]
+    inputs = describe_dataset(dataset, TileCounter(stages=(2, 2))).inputs
+    assert list(inputs) == ["any setting"] and inputs["any setting"].counts["num_tiles"]["max"] == 49
+
+
+def test_rows_that_count_the_same_are_counted_once(dataset):
+    counter = TileCounter()
+    describe_dataset(dataset.select([0, 1, 0, 0, 2, 1]), counter)
+    assert [question for question, _ in counter.asked] == [dataset[row]["question"] for row in (0, 1, 2)]
+    assert all(len(settings) == 2 for _, settings in counter.asked)
+
+
+def test_an_empty_data_set_is_refused(dataset):
     with pytest.raises(ValueError, match="no rows"):
-        describe_dataset(dataset.select([]), tiny_processor, TIER_CROPS, 100)
+        describe_dataset(dataset.select([]), TileCounter())
 
 
 def test_summary():

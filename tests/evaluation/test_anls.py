@@ -1,27 +1,28 @@
-"""ANLS, against the definition of the edit distance and examples worked out by hand."""
+"""ANLS, against the definition of the edit distance, and examples worked out by hand."""
 
 import functools
 import random
 
 import pytest
 
-from joint_controller.evaluation.anls import anls_score, levenshtein_distance
+from joint_controller.evaluation.anls import anls_score
 
 
-def test_distance_is_that_of_its_recursive_definition():
+def test_scores_are_those_of_the_recursive_definition_of_the_distance():
     @functools.cache
-    def expected(first, second):
+    def distance(first, second):
         if not first or not second:
             return len(first) + len(second)
         if first[0] == second[0]:
-            return expected(first[1:], second[1:])
-        return 1 + min(expected(first[1:], second), expected(first, second[1:]), expected(first[1:], second[1:]))
+            return distance(first[1:], second[1:])
+        return 1 + min(distance(first[1:], second), distance(first, second[1:]), distance(first[1:], second[1:]))
 
     generator = random.Random(0)
     for _ in range(300):
         first, second = ("".join(generator.choices("abc", k=generator.randrange(8))) for _ in range(2))
-        assert levenshtein_distance(first, second) == expected(first, second), (first, second)
-    assert levenshtein_distance("kitten", "sitting") == 3
+        share = distance(first, second) / max(len(first), len(second), 1)
+        assert anls_score(first, [second]) == (1 - share if share < 0.5 else 0.0), (first, second)
+    assert anls_score("kitten", ["sitting"]) == 1 - 3 / 7
 
 
 @pytest.mark.parametrize(

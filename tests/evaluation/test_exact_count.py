@@ -1,4 +1,4 @@
-"""Counts: number words against their spelling, and what is no count."""
+"""Counts: number words against their spelling, and what is not a count."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_number_words_are_read_as_they_are_spelt(hyphen, joint):
         ("No, there are 2", 2),
         ("two (2)", 2),
         ("a hundred", 100),
-        ("Three dogs and a cat", 3),  # an article is no number
+        ("Three dogs and a cat", 3),  # an article is not a number
         ("two or three", None),
         ("2-3", None),
         ("12, 13", None),

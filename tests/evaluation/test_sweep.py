@@ -2,17 +2,16 @@ import itertools
 
 import numpy as np
 import pytest
+from molmo_knobs import molmo_setting, molmo_space
 from PIL import Image
 
 from joint_controller import (
     JointControllerConfig,
     JointControllerModel,
-    KnobSetting,
-    KnobSpace,
     LatencyEstimatorConfig,
     LatencyEstimatorModel,
 )
-from joint_controller.evaluation.policies import ControllerPolicy, RandomPolicy, StaticPolicy
+from joint_controller.evaluation.policies import BestStaticPolicy, ControllerPolicy, RandomPolicy, StaticPolicy
 from joint_controller.evaluation.scoring import score_answer
 from joint_controller.evaluation.sweep import (
     StaticSettings,
@@ -27,7 +26,7 @@ from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 
 
-SPACE = KnobSpace({"low": (1, 3), "high": (9, 9)}, top_k=(1, 4), num_blocks=(2, 4))
+SPACE = molmo_space({"low": (1, 3), "high": (9, 9)}, top_k=(1, 4), num_blocks=(2, 4))
 QUESTIONS = ["what color is the star?", "is the circle left of the star?", "what shape is red?"]
 
 
@@ -52,7 +51,7 @@ def samples(executor):
         for index in range(12)
     ]
     collector = OutcomeCollector(
-        executor, OutcomeStore(None, executor.fingerprint), lambda metric, answer, references: 0.0
+        executor, OutcomeStore(None, executor.fingerprint, SPACE), lambda metric, answer, references: 0.0
     )
     for row, outcome in zip(rows, collector.collect(rows, [SPACE.full] * 12), strict=True):
         row["answers"] = [outcome.answer]
@@ -61,7 +60,7 @@ def samples(executor):
 
 @pytest.fixture
 def collector(executor):
-    return OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint), score_answer)
+    return OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint, SPACE), score_answer)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +68,16 @@ def latency_estimator():
     """1 ms a view, 1 ms a block, 1 ms a block and expert."""
     model = LatencyEstimatorModel(
         LatencyEstimatorConfig(
-            fitted_knobs={name: list(v) for name, v in SPACE.values.items()}, upper_quantiles={"total": {"0.95": 1.5}}
+            executor_type="molmo",
+            fitted_knobs={name: list(v) for name, v in SPACE.values.items()},
+            upper_quantiles={"total": {"0.95": 1.5}},
         )
     )
     model.vision_coefficients.data[1] = 1.0
     model.llm_prefill_coefficients.data[1] = 1.0
     model.decode_coefficients.data[2] = 1.0
+    for stage in ("vision", "llm_prefill", "decode"):
+        model.get_parameter(f"{stage}_units").data[:, :-1] = 1.0  # steps of no height: the factor is 1
     return model
 
 
@@ -83,8 +86,8 @@ def controller(executor):
     return JointControllerModel(
         JointControllerConfig(
             knob_space=SPACE.to_dict(),
-            question_size=executor.hidden_size,
-            vision_size=executor.hidden_size,
+            question_size=executor.question_size,
+            vision_size=executor.vision_size,
             latency_budget_min_ms=5,
             latency_budget_max_ms=50,
         )
@@ -92,8 +95,8 @@ def controller(executor):
 
 
 def latency_by_hand(outcome):
-    views = {"low": 2, "high": 10}[outcome.setting.tier]
-    blocks, top_k = outcome.setting.num_blocks, outcome.setting.top_k
+    views = {"low": 2, "high": 10}[outcome.setting["tier"]]
+    blocks, top_k = outcome.setting["num_blocks"], outcome.setting["top_k"]
     return views + blocks + blocks * top_k * (outcome.output_tokens - 1)
 
 
@@ -102,8 +105,7 @@ def reward_by_hand(outcome, budget):
     reward = outcome.accuracy - 0.5 / (1 + np.exp(-10 * (ratio - 1))) - 10 * max(0, ratio - 1) ** 2
     if ratio <= 1:
         reward += 0.1 * (1 - ratio)
-    knobs = (outcome.setting.tier == "high", outcome.setting.top_k == 4, outcome.setting.num_blocks == 4)
-    return reward - 0.05 * np.mean(knobs)
+    return reward - 0.05 * np.mean([outcome.setting[knob] == SPACE.full[knob] for knob in SPACE.names])
 
 
 def test_rows_equal_sums_by_hand(collector, latency_estimator, samples, executor, controller):
@@ -112,7 +114,7 @@ def test_rows_equal_sums_by_hand(collector, latency_estimator, samples, executor
         StaticPolicy(SPACE.full, "full"),
         RandomPolicy(SPACE, seed=3),
     ]
-    rows = sweep_budgets(policies, collector, latency_estimator, samples, [0.5, 1.0], full_setting_ms=40.0)
+    rows = sweep_budgets(policies, collector, latency_estimator, samples, [20.0, 40.0], full_setting_ms=40.0)
     assert [(row.policy, row.latency_budget_ms) for row in rows] == list(
         itertools.product(["controller", "full", "random"], [20.0])
     ) + list(itertools.product(["controller", "full", "random"], [40.0]))
@@ -136,8 +138,9 @@ def test_rows_equal_sums_by_hand(collector, latency_estimator, samples, executor
 
 
 def test_nothing_runs_twice(collector, latency_estimator, samples):
-    policies = [StaticPolicy(SPACE.full, "one"), StaticPolicy({20.0: SPACE.full, 40.0: SPACE.cheapest}, "two")]
-    sweep_budgets(policies, collector, latency_estimator, samples, [0.5, 1.0], full_setting_ms=40.0)
+    of_budget = BestStaticPolicy(lambda budget: SPACE.full if budget < 30 else SPACE.cheapest)
+    policies = [StaticPolicy(SPACE.full, "one"), of_budget]
+    sweep_budgets(policies, collector, latency_estimator, samples, [20.0, 40.0], full_setting_ms=40.0)
     assert collector.num_executed == 2 * len(samples)
 
 
@@ -158,36 +161,36 @@ def test_best_static_setting_equals_brute_force(collector, latency_estimator, sa
 
 def test_controller_policy_takes_the_argmax_of_both_stages(executor, controller, samples):
     # Biases decide: tier 1, top_k 0, num_blocks 1.
-    controller.stage1.tier_head.bias.data[1] = 1.0
-    controller.stage2.top_k_head.bias.data[0] = 1.0
-    controller.stage2.num_blocks_head.bias.data[1] = 1.0
-    assert set(ControllerPolicy(controller, executor).choose(samples, 20.0)) == {KnobSetting("high", 1, 4)}
+    controller.stage1.heads[0].bias.data[1] = 1.0
+    controller.stage2.heads[0].bias.data[0] = 1.0
+    controller.stage2.heads[1].bias.data[1] = 1.0
+    assert set(ControllerPolicy(controller, executor).choose(samples, 20.0)) == {molmo_setting("high", 1, 4)}
 
 
 def test_guardrail_keeps_a_controller_within_what_fits(
     executor, controller, collector, latency_estimator, samples, monkeypatch
 ):
     """The wanted setting is (high, 1, 4): 10 + 4 + 4 (3 - 1) = 22 ms with three output tokens, half as much again at p95."""
-    controller.stage1.tier_head.bias.data[1] = 1.0
-    controller.stage2.top_k_head.bias.data[0] = 1.0
-    controller.stage2.num_blocks_head.bias.data[1] = 1.0
+    controller.stage1.heads[0].bias.data[1] = 1.0
+    controller.stage2.heads[0].bias.data[0] = 1.0
+    controller.stage2.heads[1].bias.data[1] = 1.0
     guarded = ControllerPolicy(controller, executor, "guarded", Guardrail(latency_estimator, executor, 0.95))
     calls = []
     predict = Guardrail.predict_latency_ms
     monkeypatch.setattr(Guardrail, "predict_latency_ms", lambda self, rows: calls.extend(rows) or predict(self, rows))
     expected = {
-        33.0: KnobSetting("high", 1, 4),
-        32.9: KnobSetting("high", 1, 2),  # 10 + 2 + 2 * 2 = 16
-        24.0: KnobSetting("high", 1, 2),
-        23.9: KnobSetting("low", 1, 4),  # 2 + 4 + 4 * 2 = 14
-        20.9: KnobSetting("low", 1, 2),  # 2 + 2 + 2 * 2 = 8
-        11.9: KnobSetting("low", 1, 2),  # nothing fits
+        33.0: molmo_setting("high", 1, 4),
+        32.9: molmo_setting("high", 1, 2),  # 10 + 2 + 2 * 2 = 16
+        24.0: molmo_setting("high", 1, 2),
+        23.9: molmo_setting("low", 1, 4),  # 2 + 4 + 4 * 2 = 14
+        20.9: molmo_setting("low", 1, 2),  # 2 + 2 + 2 * 2 = 8
+        11.9: molmo_setting("low", 1, 2),  # nothing fits
     }
     for budget, setting in expected.items():
         assert set(guarded.choose(samples, budget)) == {setting}
     assert len(calls) == len(samples)  # once, whatever the budgets
     policies = [ControllerPolicy(controller, executor), guarded]
-    rows = sweep_budgets(policies, collector, latency_estimator, samples, [1.0], full_setting_ms=20.9)
+    rows = sweep_budgets(policies, collector, latency_estimator, samples, [20.9], full_setting_ms=20.9)
     assert [row.policy for row in rows] == ["controller", "guarded"]
     assert rows[0].budget_violation_rate > 0 == rows[1].budget_violation_rate
 
@@ -198,7 +201,7 @@ def test_tables_hold_every_row(collector, latency_estimator, samples):
         collector,
         latency_estimator,
         samples,
-        [0.5, 1.0],
+        [20.0, 40.0],
         full_setting_ms=40.0,
     )
     assert sweep_to_dataset(rows)["policy"][:] == ["full", "cheapest"] * 2

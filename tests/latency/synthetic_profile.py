@@ -6,18 +6,20 @@ import math
 
 import torch
 
-from joint_controller import KnobSpace, MolmoConfig
-from joint_controller.latency import executor_shape, make_profile
+from joint_controller.latency import make_profile
+from joint_controller.molmo import MolmoConfig
+from joint_controller.molmo.knob_space import build_knob_space
+from joint_controller.molmo.shape import molmo_shape
 
 
-SPACE = KnobSpace({"low": (1, 3), "medium": (4, 8), "high": (9, 12)}, tuple(range(4, 9)), tuple(range(12, 17)))
+SPACE = build_knob_space({"low": (1, 3), "medium": (4, 8), "high": (9, 12)}, range(4, 9), range(12, 17))
 LENGTHS = [*range(64, 1024, 64), *range(1024, 4097, 128)]
 
 
 def gpu_times(setting, num_views, num_tokens):
     """(vision, prefill, decode per token) in ms of a captured executor: prompts are padded, each stage is the larger of what
     it reads and what it works, and one kernel changes at 1,280 tokens."""
-    top_k, num_blocks = setting.top_k, setting.num_blocks
+    top_k, num_blocks = setting["top_k"], setting["num_blocks"]
     padded = next(length for length in LENGTHS if length >= num_tokens)
     vision = 0.6 + 0.75 * num_views + 0.35 * max(0, num_views - 6)
     read, worked = 0.27 * (1 - (1 - top_k / 64) ** padded), padded * (6e-5 + 5e-5 * top_k) + 2e-8 * padded**2
@@ -28,7 +30,7 @@ def gpu_times(setting, num_views, num_tokens):
 
 def cpu_times(setting, num_views, num_tokens):
     """The same of a CPU: arithmetic, and little else."""
-    top_k, num_blocks = setting.top_k, setting.num_blocks
+    top_k, num_blocks = setting["top_k"], setting["num_blocks"]
     vision = 5 + 260 * num_views
     prefill = 20 + num_blocks * (8 + num_tokens * (0.11 + 0.07 * top_k) + 1.5e-5 * num_tokens**2)
     return vision, prefill, 6 + num_blocks * (2.1 + 1.3 * top_k + 9e-4 * num_tokens)
@@ -37,11 +39,11 @@ def cpu_times(setting, num_views, num_tokens):
 def make_synthetic_profile(times, noise=0.01, num_inputs=12, seed=0, **columns):
     """All settings with `num_inputs` inputs; times are those of `times` times a log-normal factor."""
     generator = torch.Generator().manual_seed(seed)
-    shape = json.dumps(executor_shape(MolmoConfig()))
+    shape = json.dumps(molmo_shape(MolmoConfig()))
+    space = json.dumps(SPACE.to_dict())
     rows = []
-    crops = {"low": (1, 3), "medium": (4, 8), "high": (9, 12)}
     for setting, number in itertools.product(SPACE, range(num_inputs)):
-        fewest, most = crops[setting.tier]
+        fewest, most = SPACE["tier"].meaning(setting["tier"])
         num_views = 1 + fewest + number % (most - fewest + 1)
         vision_tokens = 148 * num_views - 30 * (number % 3)
         text_tokens = round(10 * 10 ** ((number * 7 % num_inputs) / num_inputs))
@@ -55,7 +57,7 @@ def make_synthetic_profile(times, noise=0.01, num_inputs=12, seed=0, **columns):
         rows.append(
             {
                 "sample_id": f"made/{number}",
-                **setting.to_dict(),
+                **setting,
                 "num_views": num_views,
                 "vision_tokens": vision_tokens,
                 "text_tokens": text_tokens,
@@ -71,7 +73,10 @@ def make_synthetic_profile(times, noise=0.01, num_inputs=12, seed=0, **columns):
                 "executor_mode": "plain",
                 "executor_revision": "0",
                 "executor_fingerprint": "abc",
+                "executor_type": "molmo",
                 "executor_shape": shape,
+                "knob_space": space,
+                "stage_names": "unknown",
                 "prefill_lengths": LENGTHS if times is gpu_times else None,
                 **columns,
             }

@@ -1,17 +1,20 @@
 """Errors of an estimator: by hand, by brute force, on formulas."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from PIL import Image
 
-from joint_controller.latency import plot_fit
-from joint_controller.latency.fit_report import conformal_quantile, coverage, errors, format_error_rows, report_errors
-from joint_controller.latency.fitting import HeldOut, fit_coefficients, fit_units
+from joint_controller.latency import make_profile
+from joint_controller.latency.fit_report import format_error_rows, plot_fit
+from joint_controller.latency.fitting import fit_coefficients, fit_units
+from joint_controller.latency.held_out import HeldOut, conformal_quantile, coverage, errors, report_errors
 from joint_controller.latency.modeling_latency_estimator import learned_factor
+from joint_controller.latency.profile_table import MACHINE_COLUMNS
+from joint_controller.molmo.knob_space import build_knob_space
 
 
 def test_errors_by_hand():
@@ -44,16 +47,20 @@ def make_held_out(num=400, seed=0):
         {"tier": tier, "top_k": 1 + index % 4, "num_blocks": 4 + index % 3, "sample_id": f"{index}"}
         for index, tier in enumerate(["high", "low"] * (num // 2))
     ]
-    rows = [row | {"repeats_disagree": index < 5} for index, row in enumerate(rows)]
+    space = build_knob_space({"low": (1, 3), "medium": (4, 8), "high": (9, 15)}, range(1, 5), range(4, 7))
+    known = dict.fromkeys(
+        ("num_views", "vision_tokens", "text_tokens", "output_tokens", "vision_ms", "llm_prefill_ms"), 1
+    )
+    known |= dict.fromkeys(MACHINE_COLUMNS, "unknown") | {"executor_type": "molmo"}
+    known |= {"knob_space": json.dumps(space.to_dict())}
+    rows = [row | known | {"repeats_disagree": index < 5} for index, row in enumerate(rows)]
     chosen = torch.randperm(num, generator=generator)[: num // 2].tolist()
     predicted = {part: 10 + 90 * torch.rand(num // 2, generator=generator).double() for part in ("prefill", "decode")}
     predicted["total"] = predicted["prefill"] + 3 * predicted["decode"]
     noise = {part: torch.exp(0.1 * torch.randn(num // 2, generator=generator)) for part in predicted}
     measured = {part: predicted[part] * noise[part] for part in predicted}
     folds = [index % 4 for index in range(num // 2)]
-    return HeldOut(
-        chosen, folds, measured, predicted, {k: 1.1 * v for k, v in predicted.items()}, Dataset.from_list(rows)
-    )
+    return HeldOut(chosen, folds, measured, predicted, {k: 1.1 * v for k, v in predicted.items()}, make_profile(rows))
 
 
 def test_coverage_of_the_upper_quantile_is_what_it_promises():

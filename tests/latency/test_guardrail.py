@@ -1,19 +1,20 @@
 """The guardrail against the latency of every setting, predicted one by one from what the executor encodes."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from joint_controller import KnobSpace, LatencyEstimatorConfig, LatencyEstimatorModel
+from joint_controller import KnobSetting, LatencyEstimatorConfig, LatencyEstimatorModel
 from joint_controller.executor import ExecutorRequest
-from joint_controller.latency import Guardrail, OriginalLatencyEstimatorModel, executor_shape, settings_that_fit
-from joint_controller.latency.modeling_original_estimator import OriginalLatencyEstimatorConfig
+from joint_controller.latency import Guardrail, RecordedLatencies, settings_that_fit
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.molmo.knob_space import build_knob_space
 
 
-SPACE = KnobSpace({"low": (1, 2), "medium": (3, 5), "high": (6, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
+SPACE = build_knob_space({"low": (1, 2), "medium": (3, 5), "high": (6, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
 QUANTILES = {"0.9": 1.1, "0.95": 1.25, "0.99": 1.5}
 
 
@@ -25,10 +26,10 @@ def executor(tiny_molmo, tiny_processor):
 @pytest.fixture(scope="module")
 def estimator(executor):
     config = LatencyEstimatorConfig(
-        formula_version=2,
+        executor_type="molmo",
         fitted_knobs={name: list(values) for name, values in SPACE.values.items()},
         upper_quantiles={"total": QUANTILES},
-        executor_shape=executor_shape(executor.model.config),
+        executor_shape=executor.shape,
     )
     model = LatencyEstimatorModel(config)
     generator = torch.Generator().manual_seed(1)
@@ -47,7 +48,7 @@ def make_requests():
     sideways = Image.new("RGB", (300, 40))
     sideways.getexif()[0x0112] = 6
     requests.append(ExecutorRequest("made/sideways", sideways, "is it red?", "vqa2", SPACE.full))
-    requests.append(ExecutorRequest("made/late", lambda: Image.new("RGB", (40, 300)), "is it?", "style", SPACE.full))
+    requests.append(ExecutorRequest("made/late", lambda: Image.new("RGB", (40, 300)), "is it?", "vqa2", SPACE.full))
     return requests
 
 
@@ -55,38 +56,34 @@ def make_requests():
 def test_latencies_are_those_of_every_setting_of_the_encoded_request(executor, estimator, quantile):
     requests = make_requests()
     found = Guardrail(estimator, executor, quantile).predict_latency_ms(requests)
-    assert found.shape == (len(requests), *SPACE.sizes)
+    assert found.shape == (len(requests), len(SPACE))
     for row, request in enumerate(requests):
-        for setting in SPACE:
-            [encoded] = executor.encode([request], setting.tier)
-            text_tokens = len(encoded.input_ids) - encoded.vision_tokens
-            typical = estimator.predict_latency_ms(
-                [setting], [encoded.num_views], [encoded.vision_tokens], [text_tokens], [executor.max_new_tokens]
-            )
-            assert found[row][SPACE.indices(setting)].item() == pytest.approx(
-                QUANTILES[str(quantile)] * typical.item(), rel=1e-6
-            )
+        for number, setting in enumerate(SPACE):
+            [output] = executor.run([replace(request, setting=setting)])
+            counts = {name: [count] for name, count in output.counts.items()}
+            typical = estimator.predict_latency_ms([setting], counts, [executor.max_new_tokens])
+            assert found[row, number].item() == pytest.approx(QUANTILES[str(quantile)] * typical.item(), rel=1e-6)
     # The sideways image is tiled like the upright one, not like its pixels lie.
-    assert found[5, -1, 0, 0] != found[2, -1, 0, 0]
+    high = SPACE.index(KnobSetting(tier="high", top_k=1, num_blocks=2))
+    assert found[5, high] != found[2, high]
 
 
 def test_what_fits_is_what_is_predicted_below_the_budget(executor, estimator):
     latency_ms = Guardrail(estimator, executor).predict_latency_ms(make_requests())
     budget = latency_ms[0].median().item()
     fits, fits_budget = settings_that_fit(latency_ms, budget)
-    for row, mask in enumerate(fits):
-        for setting in SPACE:
-            assert mask[SPACE.indices(setting)] == (latency_ms[row][SPACE.indices(setting)] <= budget)
+    assert torch.equal(fits, latency_ms <= budget)
     assert fits_budget.all() and 0 < fits.double().mean() < 1
     # A budget that not even the cheapest setting of some requests keeps.
-    cheapest = latency_ms[:, 0, 0, 0]
-    assert (cheapest == latency_ms.flatten(1).amin(1)).all()
+    cheapest = latency_ms[:, SPACE.index(SPACE.cheapest)]
+    assert (cheapest == latency_ms.amin(1)).all()
     fits, fits_budget = settings_that_fit(latency_ms, cheapest.median().item())
     assert fits_budget.tolist() == (cheapest <= cheapest.median()).tolist() and not fits_budget.all()
     for mask in fits[~fits_budget]:
-        assert mask.nonzero().tolist() == [[0, 0, 0]]
+        assert mask.nonzero().tolist() == [[SPACE.index(SPACE.cheapest)]]
 
 
+@pytest.mark.slow
 def test_one_request_takes_no_time(executor, estimator):
     """Less than a millisecond, at the fastest: other processes may share the core."""
     guardrail, request = Guardrail(estimator, executor), make_requests()[:1]
@@ -108,6 +105,5 @@ def test_estimators_that_cannot_promise_are_refused(executor, estimator):
     narrow.load_state_dict(estimator.state_dict())
     with pytest.raises(ValueError, match="knob `top_k` is 4 but the latency estimator was fitted on 1 to 2"):
         Guardrail(narrow, executor)
-    original = OriginalLatencyEstimatorModel(OriginalLatencyEstimatorConfig())
-    with pytest.raises(ValueError, match="upper quantiles, which the original latency estimators do not predict"):
-        Guardrail(original, executor)
+    with pytest.raises(ValueError, match="recorded latencies say nothing about other requests"):
+        Guardrail(RecordedLatencies(), executor)

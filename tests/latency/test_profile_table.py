@@ -1,4 +1,4 @@
-"""The table of measurements: what may be unknown, what is refused, what older files lack."""
+"""The table of measurements: what may be unknown, what is refused."""
 
 import json
 
@@ -9,28 +9,43 @@ from pyarrow import parquet
 from joint_controller.latency import embedded_latency_estimator_path, load_profile, make_profile, save_profile
 from joint_controller.latency.profile_table import (
     MACHINE_COLUMNS,
-    NULLABLE_COLUMNS,
-    PROFILE_FEATURES,
     PROFILE_FILE,
     UNKNOWN,
+    ProfileSchema,
     check_one_machine,
 )
+from joint_controller.molmo.knob_space import build_knob_space
+
+
+SPACE = build_knob_space({"low": (1, 3), "high": (9, 15)}, top_k=(4, 8), num_blocks=(12, 16))
 
 
 def known(**changes):
     """What a measurement that was made elsewhere knows at least."""
     row = {"sample_id": "made/0", "tier": "low", "top_k": 4, "num_blocks": 12, "num_views": 2, "vision_tokens": 300}
     row |= {"text_tokens": 20, "output_tokens": 4, "vision_ms": 30.0, "llm_prefill_ms": 90.0}
-    return row | dict.fromkeys(MACHINE_COLUMNS, UNKNOWN) | changes
+    row |= dict.fromkeys(MACHINE_COLUMNS, UNKNOWN)
+    return row | {"executor_type": "molmo", "knob_space": json.dumps(SPACE.to_dict())} | changes
 
 
 def test_what_is_unknown_is_null_or_says_so(tmp_path):
     profile = make_profile([known(), known(decode_ms_per_token=13.4, decode_ms=[13.0, 13.4, 13.8])])
-    assert profile.features == PROFILE_FEATURES
+    schema = ProfileSchema.of(profile)
+    assert profile.features == schema.features and schema.knob_space == SPACE
+    nullable = [
+        "controller_ms",
+        "decode_ms_per_token",
+        "decode_ms",
+        "prefill_lengths",
+        "num_repeats",
+        "repeats_disagree",
+    ]
+    nullable += [f"{name}_spread" for name in ("controller_ms", "vision_ms", "llm_prefill_ms", "decode_ms_per_token")]
+    assert sorted(schema.nullable_columns) == sorted(nullable)
     for table in (profile, load_profile(save_profile(profile, tmp_path))):
-        assert [table[0][column] for column in NULLABLE_COLUMNS] == [None] * len(NULLABLE_COLUMNS)
+        assert [table[0][column] for column in nullable] == [None] * len(nullable)
         assert table[1]["decode_ms"] == [13.0, 13.4, 13.8] and table[0]["device_name"] == "unknown"
-        assert table.features == PROFILE_FEATURES
+        assert table.features == schema.features
     check_one_machine(profile)
     assert [path.name for path in tmp_path.iterdir()] == [PROFILE_FILE]
 
@@ -39,7 +54,10 @@ def test_what_is_unknown_is_null_or_says_so(tmp_path):
     ("row", "message"),
     [
         (known(num_views=None), r"no `num_views` in row 1: every measurement needs one\.$"),
-        (known(driver_version=None), "no `driver_version` in row 1: .* Give 'unknown' where nobody knows"),
+        (known(driver_version=None), "no `driver_version` in row 1: .* Give 'unknown' where it is not known"),
+        (known(tier="medium"), r"`tier` medium in row 1: its knob space has \['low', 'high'\]"),
+        (known(top_k=5), r"`top_k` 5 in row 1: its knob space has \[4, 8\]"),
+        (known(num_blocks=None), "no `num_blocks` in row 1"),
         (known(vision_ms=0.0), "`vision_ms` 0.0 in row 1: it must be above 0"),
         (known(llm_prefill_ms=float("nan")), "`llm_prefill_ms` nan in row 1"),
         (known(decode_ms_per_token=-1.0), "`decode_ms_per_token` -1.0 in row 1"),
@@ -53,19 +71,34 @@ def test_rows_that_are_no_measurement_are_refused(row, message):
         make_profile([])
 
 
-def test_files_of_the_first_version_are_read(tmp_path):
-    added = ("controller_ms", "controller_ms_spread", "decode_ms", "prefill_lengths", "repeats_disagree")
-    added += ("driver_version", "executor_mode", "executor_revision")
+@pytest.mark.parametrize("column", ["executor_type", "knob_space"])
+def test_the_executor_must_be_known(column):
+    for value in (None, UNKNOWN):
+        with pytest.raises(ValueError, match=f"has no `{column}` in row 0: every measurement needs one"):
+            make_profile([known(**{column: value})])
+    with pytest.raises(ValueError, match="no executor for models of the type 'abacus'"):
+        make_profile([known(executor_type="abacus")])
+    with pytest.raises(ValueError, match="has a machine column that is not JSON"):
+        make_profile([known(knob_space="tier")])
+
+
+def test_stages_that_are_not_predicted_have_columns(tmp_path):
+    names = json.dumps(["reading", "vision", "llm_prefill"])
+    profile = make_profile([known(stage_names=names), known(stage_names=names, reading_ms=3.5, reading_ms_spread=0.1)])
+    assert profile["reading_ms"][:] == [None, 3.5]
+    assert load_profile(save_profile(profile, tmp_path))["reading_ms"][:] == [None, 3.5]
+    with pytest.raises(ValueError, match="`reading_ms` 0.0 in row 0"):
+        make_profile([known(stage_names=names, reading_ms=0.0)])
+    with pytest.raises(ValueError, match="two columns `decode_ms_per_token`"):
+        make_profile([known(stage_names=json.dumps(["decode"]))])
+
+
+def test_files_of_an_earlier_version_are_refused(tmp_path):
     shipped = parquet.read_table(embedded_latency_estimator_path() / PROFILE_FILE)
-    raw = shipped.drop_columns(list(added))
-    assert len(raw.column_names) == 22
-    file = tmp_path / PROFILE_FILE
-    parquet.write_table(raw, file)
-    profile = load_profile(file)
-    assert profile["executor_mode"][:] == [UNKNOWN] * len(raw) and profile["decode_ms"][:] == [None] * len(raw)
-    for column in raw.column_names:
-        assert profile[column][:] == raw[column].to_pylist()
-    assert json.loads(profile["executor_shape"][0])["text_config.num_experts"] == 16
+    parquet.write_table(shipped.drop_columns(["executor_type", "knob_space", "stage_names"]), tmp_path / PROFILE_FILE)
+    with pytest.raises(ValueError, match=r"lacks the columns \['executor_type', .* make it again with") as error:
+        load_profile(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_files_that_are_no_profile_are_refused(tmp_path):
@@ -82,7 +115,7 @@ def test_files_that_are_no_profile_are_refused(tmp_path):
 
 @pytest.mark.parametrize("column", MACHINE_COLUMNS)
 def test_mixtures_of_machines_are_noticed(column):
-    with pytest.raises(ValueError, match=f"mixes measurements: `{column}` is 'unknown' in some rows and 'other' in"):
+    with pytest.raises(ValueError, match=f"mixes measurements: `{column}` is .* in some rows and 'other' in"):
         check_one_machine(make_profile([known(), known(**{column: "other"})]))
 
 

@@ -9,23 +9,24 @@ from synthetic_profile import SPACE, cpu_times, gpu_times, make_synthetic_profil
 
 from joint_controller.executor import StageTimes
 from joint_controller.knobs import KnobSetting
-from joint_controller.latency import make_profile_inputs, repeatability, write_profile_report
-from joint_controller.latency.profile_inputs import ASPECT_RATIO, IMAGE_SIDES, QUESTION_WORDS
+from joint_controller.latency.profile_inputs import ASPECT_RATIO, IMAGE_SIDES, QUESTION_WORDS, make_profile_inputs
 from joint_controller.latency.profile_journal import ProfileJournal
-from joint_controller.latency.profile_report import format_repeatability, summarize_profile
+from joint_controller.latency.profile_report import (
+    format_repeatability,
+    repeatability,
+    summarize_profile,
+    write_profile_report,
+)
+from joint_controller.latency.profile_table import profile_settings
 from joint_controller.latency.profiling import sample_settings
 
 
 TIMES = StageTimes(
     controller_ms=None,
-    image_processing_ms=1.5,
-    vision_ms=2.5,
-    llm_prefill_ms=3.25,
+    stage_ms={"image_processing": 1.5, "vision": 2.5, "llm_prefill": 3.25},
     decode_ms=[1.0, 2.0],
-    vision_tokens=40,
-    text_tokens=10,
+    counts={"num_views": 2, "vision_tokens": 40, "text_tokens": 10},
     output_tokens=3,
-    num_views=2,
 )
 PLAN = {"device_name": "here", "seed": 1}
 
@@ -101,7 +102,7 @@ def scaled(profile, factor_of):
     """A second profile, whose times are those of the first times a factor of the setting."""
 
     def scale(row):
-        factor = factor_of(KnobSetting(row["tier"], row["top_k"], row["num_blocks"]))
+        factor = factor_of(KnobSetting({name: row[name] for name in SPACE.names}))
         return {name: row[name] * factor for name in ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")}
 
     return profile.map(scale)
@@ -135,7 +136,7 @@ def test_report_is_drawn_and_says_what_was_measured(tmp_path):
     assert report == {**summary, "repeatability": repeatability(profile, profile)}
     assert json.loads((tmp_path / "new" / "profile_report.json").read_text()) == report
     assert (report["num_measurements"], report["num_settings"], report["num_inputs"]) == (225, 75, 3)
-    full = [row for row in profile if (row["tier"], row["top_k"], row["num_blocks"]) == ("high", 8, 16)]
+    full = [row for row, setting in zip(profile, profile_settings(profile), strict=True) if setting == SPACE.full]
     expected = np.median([row["vision_ms"] + row["llm_prefill_ms"] + 2 * row["decode_ms_per_token"] for row in full])
     assert report["settings"]["tier=high top_k=8 num_blocks=16"]["total_ms"] == pytest.approx(expected)
     card = (tmp_path / "new" / "README.md").read_text()

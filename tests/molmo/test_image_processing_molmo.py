@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from joint_controller.knobs import DEFAULT_TIER_CROPS
 from joint_controller.molmo.image_processing_molmo import MolmoImageProcessor
+from joint_controller.molmo.knob_space import DEFAULT_TIER_CROPS
 
 
 SMALL = {

@@ -5,9 +5,17 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel, OlmoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionModel,
+    DynamicCache,
+    GenerationMixin,
+    OlmoeForCausalLM,
+)
 
-from joint_controller import MolmoConfig, MolmoForConditionalGeneration
+from joint_controller.molmo import MolmoConfig, MolmoForConditionalGeneration
+from joint_controller.molmo.modeling_molmo import CACHE_NAME
 
 
 def random_inputs(config, batch_size=1, num_views=2, length=40, seed=0):
@@ -259,20 +267,21 @@ def test_cached_path_equals_uncached_for_every_block_subset(tiny_molmo, tiny_mol
     prompt = {**inputs, "input_ids": inputs["input_ids"][:, :36], "attention_mask": inputs["attention_mask"][:, :36]}
     for blocks in all_block_subsets(4):
         expected = tiny_molmo(**inputs, active_blocks=blocks, top_k=2).logits
-        outputs = tiny_molmo(**prompt, active_blocks=blocks, top_k=2, use_cache=True)
+        cache = DynamicCache()
+        outputs = tiny_molmo(**prompt, active_blocks=blocks, top_k=2, cache=cache)
         steps = [outputs.logits]
         for position in range(36, 40):
             outputs = tiny_molmo(
                 input_ids=inputs["input_ids"][:, position : position + 1],
                 attention_mask=inputs["attention_mask"][:, : position + 1],
-                past_key_values=outputs.past_key_values,
+                cache=cache,
                 active_blocks=blocks,
                 top_k=2,
-                use_cache=True,
             )
             steps.append(outputs.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
-        filled = [layer for layer in outputs.past_key_values.layers if layer.get_seq_length() > 0]
+        assert outputs[CACHE_NAME] is cache
+        filled = [layer for layer in cache.layers if layer.get_seq_length() > 0]
         assert len(filled) == len(blocks)
 
 
@@ -341,6 +350,74 @@ def test_generate_equals_greedy_by_hand_and_stops_at_eos(tiny_molmo, tiny_molmo_
     default = tiny_molmo(**inputs).logits
     torch.testing.assert_close(default, tiny_molmo(**inputs, top_k=4, active_blocks=[0, 1, 2, 3]).logits)
     assert not torch.allclose(default, tiny_molmo(**inputs, top_k=1).logits)
+
+
+@torch.no_grad()
+def test_the_cache_is_taken_under_either_of_its_names(tiny_molmo, tiny_molmo_config):
+    inputs = random_inputs(tiny_molmo_config)
+    next_token = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 41, dtype=torch.long)}
+    logits = []
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache()
+        tiny_molmo(**inputs, **{name: cache})
+        logits.append(tiny_molmo(**next_token, **{name: cache}).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="at most one of `cache` and `past_key_values`"):
+        tiny_molmo(**inputs, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+@torch.no_grad()
+def test_arguments_that_the_model_does_not_know_are_refused(tiny_molmo, tiny_molmo_config):
+    inputs = random_inputs(tiny_molmo_config)
+    with pytest.raises(TypeError, match=r"does not take the arguments \['kv_store'\]"):
+        tiny_molmo(**inputs, kv_store=DynamicCache())
+
+
+def test_a_mask_of_more_tokens_than_there_are_is_refused(tiny_molmo, tiny_molmo_config):
+    inputs = random_inputs(tiny_molmo_config)
+    last = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
+    with pytest.raises(ValueError, match="covers 40 tokens, but 1 are given and no `cache`"):
+        tiny_molmo(**last)
+
+
+class TestGenerationWithoutItsCache:
+    """Whatever loses the cache on its way, generation must fail: every token after the first would be wrong."""
+
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+
+    @pytest.mark.parametrize(
+        ("new_name", "error", "message"),
+        [
+            ("kv_store", TypeError, r"does not take the arguments \['kv_store'\]"),
+            (None, RuntimeError, f"did not hand the model its KV cache as `{CACHE_NAME}`"),
+        ],
+    )
+    def test_generate_hands_it_over_under_another_name_or_not_at_all(
+        self, tiny_molmo, tiny_molmo_config, monkeypatch, new_name, error, message
+    ):
+        prepare = GenerationMixin.prepare_inputs_for_generation
+
+        def rename_cache(self, *args, **kwargs):
+            inputs = prepare(self, *args, **kwargs)
+            cache = inputs.pop(CACHE_NAME)
+            return inputs if new_name is None else {**inputs, new_name: cache}
+
+        monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", rename_cache)
+        with pytest.raises(error, match=message):
+            tiny_molmo.generate(**random_inputs(tiny_molmo_config), **self.options)
+
+    def test_a_layer_takes_it_under_another_name(self, tiny_molmo, tiny_molmo_config, monkeypatch):
+        attention = type(tiny_molmo.model.language_model.layers[2].self_attn)
+        forward = attention.forward
+
+        def forget_cache(self, *args, **kwargs):
+            if self.layer_idx == 2:
+                del kwargs[CACHE_NAME]
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(attention, "forward", forget_cache)
+        with pytest.raises(RuntimeError, match=rf"blocks \[2\] did not use the KV cache .* as `{CACHE_NAME}`"):
+            tiny_molmo.generate(**random_inputs(tiny_molmo_config), **self.options)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from joint_controller.data.registry import VQA_DATASETS
 from joint_controller.molmo.image_processing_molmo import MolmoImageProcessor
 from joint_controller.molmo.processing_molmo import IMAGE_TOKENS, MolmoProcessor, build_word_tokenizer
 
@@ -92,7 +93,7 @@ def test_every_patch_token_is_filled_exactly_once(processor, images):
 
 def test_batch_of_unequal_prompts_equals_one_by_one(processor, images):
     tiers = ["high", "low", "medium"]
-    styles = ["vqa2", "vqa2", "a"]
+    styles = ["vqa2", "vqa2", "okvqa"]
     batch = processor(images, QUESTIONS, style=styles, tier=tiers)
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     for index, (image, question, style, tier) in enumerate(zip(images, QUESTIONS, styles, tiers, strict=True)):
@@ -145,6 +146,8 @@ def test_sequence_begins_with_eos_where_the_tokenizer_has_no_bos(processor):
         ({"text": []}, "`text` is empty"),
         ({"text": ["a?", None]}, "question 1 of the batch is a NoneType"),
         ({"text": "a?", "style": ["vqa2", "vqa2"]}, "2 styles are given for 1 questions"),
+        ({"text": "a?", "style": "vqa3"}, "`style` is 'vqa3': Molmo was trained with a_okvqa_da, a_okvqa_mc, "),
+        ({"text": ["a?", "b?"], "style": ["vqa2", ""]}, "`style` is ''"),
         ({"text": ["a?", "b?"], "images": Image.new("RGB", (4, 4))}, "1 images are given for 2 questions"),
         ({"text": "a?", "images": Image.new("RGB", (4, 4)), "tier": "best"}, "`tier` is 'best'"),
     ],
@@ -153,6 +156,11 @@ def test_bad_input_is_refused(processor, arguments, message):
     with pytest.raises(ValueError) as error:
         processor(**arguments)
     assert message in str(error.value)
+
+
+def test_the_styles_of_all_known_data_sets_are_known(processor):
+    for style in {"vqa2", *(dataset.style for dataset in VQA_DATASETS.values())}:
+        assert processor.format_prompt("Is {this} it?", style) == f" User: {style}: Is {{this}} it? Assistant:"
 
 
 def test_tokenizer_without_image_tokens_is_refused(processor):

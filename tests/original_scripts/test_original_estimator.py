@@ -1,5 +1,6 @@
 """The original scripts' estimator, read from files that the network below writes as they did."""
 
+import logging
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import nn
 
 from joint_controller import KnobSetting
-from joint_controller.latency import OriginalLatencyEstimatorModel, read_latency_estimator
+from joint_controller.latency import read_latency_estimator
+from joint_controller.original_scripts import OriginalLatencyEstimatorModel
+from joint_controller.outcomes import Outcome
 
 
 class OriginalNetwork(nn.Module):
@@ -46,15 +49,21 @@ def save(path, network, **entries):
     return path
 
 
-SETTINGS = [KnobSetting("low", 4, 12), KnobSetting("high", 8, 16), KnobSetting("medium", 6, 14)]
+SETTINGS = [
+    KnobSetting(tier="low", top_k=4, num_blocks=12),
+    KnobSetting(tier="high", top_k=8, num_blocks=16),
+    KnobSetting(tier="medium", top_k=6, num_blocks=14),
+]
 COUNTS = {"num_views": [3, 13, 7], "vision_tokens": [432, 1872, 1008], "text_tokens": [20, 31, 25]}
 OUTPUT_TOKENS = [1, 4, 2]
 
 
 def expected_latency(network, setting, vision_tokens, text_tokens, output_tokens, mean=0.0, std=1.0):
     """By hand: the prefill, and a decode step at each position from 0."""
-    tier = {"low": 0, "medium": 1, "high": 2}[setting.tier]
-    inputs = torch.tensor([[vision_tokens, text_tokens, tier, setting.top_k, setting.num_blocks]], dtype=torch.float32)
+    tier = {"low": 0, "medium": 1, "high": 2}[setting["tier"]]
+    inputs = torch.tensor(
+        [[vision_tokens, text_tokens, tier, setting["top_k"], setting["num_blocks"]]], dtype=torch.float32
+    )
     inputs = (inputs - mean) / std
     with torch.no_grad():
         steps = [network(inputs, position) for position in range(output_tokens)]
@@ -71,7 +80,7 @@ def test_predicts_what_the_original_network_does(network, tmp_path):
         tmp_path / "best_latency_estimator.pt", network, epoch=7, val_loss=0.1, optimizer_state_dict={"state": {}}
     )
     estimator = read_latency_estimator(path)
-    predicted = estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=OUTPUT_TOKENS)
+    predicted = estimator.predict_latency_ms(SETTINGS, COUNTS, OUTPUT_TOKENS)
     torch.testing.assert_close(predicted, all_expected(network))
 
 
@@ -82,7 +91,7 @@ def test_sizes_follow_from_the_weights(tmp_path, sizes):
     network.prefill_head[-1].bias.data.fill_(50.0)
     network.decode_head[-1].bias.data.fill_(50.0)
     estimator = read_latency_estimator(save(tmp_path / "best_latency_estimator.pt", network))
-    predicted = estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=OUTPUT_TOKENS)
+    predicted = estimator.predict_latency_ms(SETTINGS, COUNTS, OUTPUT_TOKENS)
     torch.testing.assert_close(predicted, all_expected(network))
 
 
@@ -93,7 +102,7 @@ def test_is_saved_and_loaded_like_every_model(network, tmp_path):
     loaded = read_latency_estimator(tmp_path / "saved")
     assert isinstance(loaded, OriginalLatencyEstimatorModel)
     for model in (estimator, loaded):
-        predicted = model.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=OUTPUT_TOKENS)
+        predicted = model.predict_latency_ms(SETTINGS, COUNTS, OUTPUT_TOKENS)
         torch.testing.assert_close(predicted, all_expected(network))
 
 
@@ -106,7 +115,7 @@ def test_statistics_in_the_file_are_used(network, tmp_path):
         normalization={"input_std": std.tolist(), "prefill_mean": 0.0, "prefill_std": 1.0},
         config={"hidden_dim": 12, "dropout": 0.5, "lr": 1e-3},
     )
-    predicted = read_latency_estimator(path).predict_latency_ms(SETTINGS, **COUNTS, output_tokens=OUTPUT_TOKENS)
+    predicted = read_latency_estimator(path).predict_latency_ms(SETTINGS, COUNTS, OUTPUT_TOKENS)
     torch.testing.assert_close(predicted, all_expected(network, mean=mean, std=std))
     assert not torch.allclose(predicted, all_expected(network))
 
@@ -114,10 +123,10 @@ def test_statistics_in_the_file_are_used(network, tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"log_targets": True}, "holds 'log_targets', which is not understood"),
+        ({"log_targets": True}, "holds `log_targets` True, which is not understood"),
         ({"input_mean": [1.0, 2.0]}, "'input_mean': it has 2 values for 5 inputs"),
         ({"config": {"hidden_dim": 64}}, "says `hidden_dim` 64, but its layers are \\[12\\] wide"),
-        ({"config": {"output_activation": "softplus"}}, "`output_activation` 'softplus' in its configuration"),
+        ({"config": {"output_activation": "softplus"}}, "holds `output_activation` 'softplus', which"),
         ({"config": {"activation": "gelu"}}, "`activation` 'gelu'"),
     ],
 )
@@ -158,9 +167,52 @@ def test_files_that_are_something_else_are_refused(network, tmp_path):
 def test_times_that_are_none_are_refused(network, tmp_path):
     network.decode_head[-1].bias.data.fill_(-20.0)
     estimator = read_latency_estimator(save(tmp_path / "a.pt", network))
-    with pytest.raises(ValueError, match="ms for a request at tier=.*, which is no time: its file may lack"):
-        estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=OUTPUT_TOKENS)
+    with pytest.raises(ValueError, match="ms for a request at tier=.*, which is not a time: its file may lack"):
+        estimator.predict_latency_ms(SETTINGS, COUNTS, OUTPUT_TOKENS)
     with pytest.raises(ValueError, match="`output_tokens` holds 0"):
-        estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=[0, 1, 1])
-    with pytest.raises(ValueError, match="`output_tokens` has the shape \\(2,\\) but there are 3 settings"):
-        estimator.predict_latency_ms(SETTINGS, **COUNTS, output_tokens=[1, 1])
+        estimator.predict_latency_ms(SETTINGS, COUNTS, [0, 1, 1])
+    with pytest.raises(ValueError, match="have the shapes .*\\(2,\\)\\] but there are 3 settings"):
+        estimator.predict_latency_ms(SETTINGS, COUNTS, [1, 1])
+
+
+def test_requests_at_several_settings_have_a_row_each(network, tmp_path):
+    estimator = read_latency_estimator(save(tmp_path / "a.pt", network))
+    counts = {
+        "num_views": torch.tensor([[3, 13, 7], [2, 5, 5]]),
+        "vision_tokens": torch.tensor([[432, 1872, 1008], [288, 720, 720]]),
+        "text_tokens": torch.tensor([[20], [31]]).expand(2, 3),
+    }
+    predicted = estimator.predict_latency_ms(SETTINGS, counts, torch.tensor(3))
+    assert predicted.shape == (2, 3) and predicted.dtype == torch.float32
+    for row in range(2):
+        one = {name: values[row] for name, values in counts.items()}
+        torch.testing.assert_close(predicted[row], estimator.predict_latency_ms(SETTINGS, one, [3, 3, 3]))
+
+
+def test_known_outcomes_are_estimated_from_their_counts(network, tmp_path):
+    estimator = read_latency_estimator(save(tmp_path / "a.pt", network))
+    outcomes = [
+        Outcome("a", setting, "red", 1.0, {name: values[row] for name, values in COUNTS.items()}, OUTPUT_TOKENS[row])
+        for row, setting in enumerate(SETTINGS)
+    ]
+    torch.testing.assert_close(estimator.latency_ms(outcomes), all_expected(network))
+
+
+def test_what_it_cannot_predict_is_refused(network, tmp_path):
+    estimator = read_latency_estimator(save(tmp_path / "a.pt", network))
+    with pytest.raises(ValueError, match="upper quantiles, which the original latency estimators do not predict"):
+        estimator.predict_latency_ms(SETTINGS, COUNTS, OUTPUT_TOKENS, quantile=0.95)
+    for setting in (KnobSetting(tier="low", depth=4), KnobSetting(tier="tiny", top_k=4, num_blocks=12)):
+        with pytest.raises(ValueError, match=f"cannot read the setting '{setting}': it knows tier"):
+            estimator.predict_latency_ms([setting] * 3, COUNTS, OUTPUT_TOKENS)
+
+
+def test_an_executor_is_not_known_by_it(network, tmp_path, caplog):
+    estimator = read_latency_estimator(save(tmp_path / "a.pt", network))
+    joint_logger = logging.getLogger(OriginalLatencyEstimatorModel.__module__)
+    joint_logger.addHandler(caplog.handler)
+    try:
+        estimator.check_executor(None)
+    finally:
+        joint_logger.removeHandler(caplog.handler)
+    assert "does not say which executor it is of" in caplog.text

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from recorded_world import file_of, make_entry, write_results
+from recorded_world import NUM_BLOCKS, TIER_RANGES, TOP_K, file_of, make_entry, write_results
 
 from joint_controller import KnobSetting, KnobSpace
+from joint_controller.molmo.knob_space import build_knob_space
 from joint_controller.original_scripts import load_recorded_results
 
 
@@ -17,24 +18,25 @@ def rewrite(path, change):
 
 def test_every_number_ends_up_where_it_belongs(tmp_path):
     results = load_recorded_results(write_results(tmp_path))
-    assert results.knob_space == KnobSpace({"low": (1, 3), "medium": (4, 8), "high": (9, 15)}, (4, 8), (12, 16))
+    assert results.knob_space == build_knob_space(TIER_RANGES, TOP_K, NUM_BLOCKS)
     assert results.dataset_names == ["coco_2014_vqa", "text_vqa"]
     assert len(results.samples) == 12 and len(results.outcomes) == len(results.profile) == 12 * 12
     entry = make_entry(3, "medium", 8, 12)
-    setting = KnobSetting("medium", 8, 12)
+    setting = KnobSetting(tier="medium", top_k=8, num_blocks=12)
     outcome = results.outcomes.get("text_vqa/recorded/3", setting)
     assert (outcome.answer, outcome.accuracy, outcome.latency_ms) == ("blue", 0.0, entry["T_total"])
-    assert (outcome.num_views, outcome.vision_tokens, outcome.text_tokens, outcome.output_tokens) == (7, 1008, 23, 3)
+    assert outcome.counts == {"num_views": 7, "vision_tokens": 1008, "text_tokens": 23} and outcome.output_tokens == 3
     [row] = [
         row
         for row in results.profile
-        if (row["sample_id"], row["tier"], row["top_k"], row["num_blocks"])
-        == ("text_vqa/recorded/3", *setting.to_dict().values())
+        if row["sample_id"] == outcome.sample_id and all(row[name] == value for name, value in setting.items())
     ]
     assert row["vision_ms"] == entry["T_vision_total"] and row["llm_prefill_ms"] == entry["T_LLM_prefill"]
     assert row["decode_ms_per_token"] == entry["T_decode_per_token"]
     assert (row["num_views"], row["vision_tokens"], row["text_tokens"], row["output_tokens"]) == (7, 1008, 23, 3)
-    assert row["executor_shape"] == row["device_name"] == "unknown"
+    assert row["executor_shape"] == row["device_name"] == "unknown" and row["executor_type"] == "molmo"
+    assert KnobSpace.from_dict(json.loads(row["knob_space"])) == results.knob_space
+    assert row["image_processing_ms"] is None
     [sample] = [sample for sample in results.samples if sample["sample_id"] == "text_vqa/recorded/3"]
     assert sample["question"] == "What color is number 3?" and sample["answers"] == ["red"] * 10
     assert (sample["style"], sample["metric"], sample["image_id"]) == ("text_vqa", "vqa_accuracy", "1003")
@@ -49,7 +51,9 @@ def test_the_example_of_the_original_layout(shared_dir):
         shared_dir / "profiling_results_example" / "text-vqa" / "text-vqa_imgsizetier-low_crops2_topk6_blocks14.json"
     )
     for entry in json.loads(file.read_text())["per_sample_results"]:
-        outcome = results.outcomes.get(f"text_vqa/recorded/{entry['sample_id']}", KnobSetting("low", 6, 14))
+        outcome = results.outcomes.get(
+            f"text_vqa/recorded/{entry['sample_id']}", KnobSetting(tier="low", top_k=6, num_blocks=14)
+        )
         assert outcome.latency_ms == entry["T_total"] and outcome.accuracy == pytest.approx(entry["accuracy"])
 
 
@@ -67,7 +71,9 @@ def test_accuracy_is_what_the_metric_gives_and_a_difference_is_listed(tmp_path):
         return entry
 
     results = load_recorded_results(write_results(tmp_path, change=change))
-    assert results.outcomes.get("text_vqa/recorded/2", KnobSetting("low", 4, 12)).accuracy == pytest.approx(0.6)
+    assert results.outcomes.get(
+        "text_vqa/recorded/2", KnobSetting(tier="low", top_k=4, num_blocks=12)
+    ).accuracy == pytest.approx(0.6)
     assert len(results.accuracy_differences) == 2
     for row in results.accuracy_differences:
         assert (row["sample_id"], row["tier"], row["num_blocks"]) == ("text_vqa/recorded/2", "low", 12)
@@ -94,10 +100,12 @@ def test_what_samples_lack_is_known(tmp_path):
 
     results = load_recorded_results(write_results(tmp_path, change=change))
     assert results.missing_settings() == {
-        "text_vqa/recorded/1": [KnobSetting("low", 4, 12), KnobSetting("low", 4, 16)]
+        "text_vqa/recorded/1": [
+            KnobSetting(tier="low", top_k=4, num_blocks=12),
+            KnobSetting(tier="low", top_k=4, num_blocks=16),
+        ]
     }
-    space = results.knob_space
-    assert not results.missing_settings(KnobSpace(space.tier_crops, (8,), space.num_blocks))
+    assert not results.missing_settings(results.knob_space.restrict({"top_k": [8]}))
 
 
 def test_equal_files_have_equal_fingerprints(tmp_path):
@@ -146,7 +154,7 @@ def set_field(name, value):
         (set_field("accuracy", "high"), "field 'accuracy': 'high' is not a number"),
         (
             lambda results: results["per_sample_results"].__setitem__(1, entry_of(results)),
-            "sample 0: it stands in .* already: keep one",
+            "sample 0: it is in .* already: keep one",
         ),
         (lambda results: results["summary"][0].update(top_k=8), "field 'summary', field 'top_k': it is 8, but 4"),
         (lambda results: results["summary"][0].update(num_samples=7), "holds 6 samples, but its summary speaks of 7"),
@@ -175,9 +183,7 @@ def test_files_that_are_cut_off_misnamed_or_doubled_are_refused(tmp_path):
     (path.parent / "notes.json").unlink()
     again = path.rename(path.parent / path.name.replace("crops2", "crops3"))
     path.write_text(content)
-    with pytest.raises(
-        ValueError, match="sample 0: it stands in .*crops2.* at tier=low top_k=4 num_blocks=12 already"
-    ):
+    with pytest.raises(ValueError, match="sample 0: it is in .*crops2.* at tier=low top_k=4 num_blocks=12 already"):
         load_recorded_results(tmp_path)
     again.rename(path.parent / path.name.replace("text-vqa", "okvqa"))
     with pytest.raises(ValueError, match="named after data set 'okvqa' but lies in the folder of 'text_vqa'"):

@@ -1,6 +1,7 @@
 """Recorded results as tables in a folder, the images of their samples, and their splits."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,17 @@ from PIL import Image
 from recorded_world import write_results
 
 from joint_controller import KnobSetting, LatencyEstimatorModel
-from joint_controller.latency import load_profile
-from joint_controller.original_scripts import find_images, load_recorded_results, save_recorded_results, split_samples
+from joint_controller.latency.profile_table import load_profile
+from joint_controller.molmo.shape import molmo_shape
+from joint_controller.original_scripts import (
+    find_images,
+    import_results,
+    load_recorded_results,
+    save_recorded_results,
+    split_samples,
+)
 from joint_controller.outcomes import OutcomeStore
-from joint_controller.scripts import fit_latency, import_results, run_script
+from joint_controller.scripts import fit_latency, run_script
 
 
 def import_folder(results_dir, output_dir, *flags):
@@ -44,7 +52,8 @@ def test_the_folder_holds_plain_tables(tmp_path):
     assert samples["sample_id"][:] == [f"coco_2014_vqa/recorded/{number}" for number in range(6)]
     profile = load_profile(tmp_path / "imported")
     assert len(profile) == 6 * 12 and profile.unique("device_name") == ["H100"]
-    store = OutcomeStore(tmp_path / "imported" / "outcomes", profile["executor_fingerprint"][0])
+    space = load_recorded_results(tmp_path / "imported").knob_space
+    store = OutcomeStore(tmp_path / "imported" / "outcomes", profile["executor_fingerprint"][0], space)
     assert len(store) == 6 * 12
 
 
@@ -59,7 +68,7 @@ def test_differences_and_gaps_are_said_and_listed(tmp_path, capsys):
     write_results(tmp_path / "results", change=change)
     assert import_folder(tmp_path / "results", tmp_path / "imported", "--dataset_names", "text_vqa", "okvqa") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "No results of: okvqa." in shown
+    assert "There are no results of okvqa." in shown
     assert "4 recorded accuracies are not what the metric gives" in shown
     assert "answer 'blue' was recorded with 0.500, vqa_accuracy gives 0.000" in shown
     assert "1 samples lack settings, e.g. 'text_vqa/recorded/4' lacks tier=high top_k=4 num_blocks=12" in shown
@@ -108,13 +117,16 @@ def test_the_latency_estimator_is_fitted_to_an_import(tmp_path, tiny_molmo_confi
     unknown, known = (
         LatencyEstimatorModel.from_pretrained(tmp_path / f"latency_{name}") for name in ("unknown", "known")
     )
-    [latency_ms] = unknown.predict_latency_ms([KnobSetting("high", 8, 16)], [13], [1872], [22], [3]).tolist()
+    setting, counts = (
+        KnobSetting(tier="high", top_k=8, num_blocks=16),
+        {"num_views": [13], "vision_tokens": [1872], "text_tokens": [22]},
+    )
+    [latency_ms] = unknown.predict_latency_ms([setting], counts, [3]).tolist()
     assert latency_ms == pytest.approx(90.0 + 2 * 14.8, rel=0.1)  # by the formulas of recorded_world.py
-    unknown.check_executor(tiny_molmo_config)  # warns
-    known.check_executor(tiny_molmo_config)
-    tiny_molmo_config.save_pretrained(tmp_path / "other")
-    other = type(tiny_molmo_config).from_pretrained(tmp_path / "other")
-    other.text_config.num_hidden_layers = 2
+    executor = SimpleNamespace(model_type="molmo", shape=molmo_shape(tiny_molmo_config))
+    unknown.check_executor(executor)  # warns
+    known.check_executor(executor)
+    other = SimpleNamespace(model_type="molmo", shape={**executor.shape, "text_config.num_hidden_layers": 2})
     with pytest.raises(ValueError, match="text_config.num_hidden_layers 4 there, 2 here"):
         known.check_executor(other)
 
@@ -179,6 +191,31 @@ def test_splits_are_a_function_of_the_samples_and_share_none(tmp_path):
 def test_a_folder_that_was_tampered_with_is_refused(tmp_path):
     results = load_recorded_results(write_results(tmp_path / "results", ["text-vqa"]))
     save_recorded_results(results, tmp_path / "imported")
+    report = json.loads((tmp_path / "imported" / "import_report.json").read_text())
     (tmp_path / "imported" / "samples.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="samples.parquet' cannot be read .* import the results again"):
         load_recorded_results(tmp_path / "imported")
+    results.accuracy_differences.to_parquet(tmp_path / "imported" / "samples.parquet")  # another table
+    with pytest.raises(ValueError, match="samples.parquet' cannot be read .* import the results again"):
+        load_recorded_results(tmp_path / "imported")
+    (tmp_path / "imported" / "import_report.json").write_text(json.dumps(report)[:200])
+    with pytest.raises(ValueError, match="import_report.json' is damaged .* import the results again"):
+        load_recorded_results(tmp_path / "imported")
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
+    results = load_recorded_results(write_results(tmp_path / "results", ["text-vqa"]))
+    report = save_recorded_results(results, tmp_path / "imported")
+    report["knob_space"] = {"tier_crops": {"low": [1, 3]}, "top_k": [4, 8], "num_blocks": [12, 16]}
+    (tmp_path / "imported" / "import_report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="was written by an earlier version .* import the results again"):
+        load_recorded_results(tmp_path / "imported")
+
+
+def test_another_kind_of_model_is_refused(tmp_path, capsys):
+    write_results(tmp_path / "results", ["text-vqa"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_vl_moe"}')
+    assert import_folder(tmp_path / "results", tmp_path / "imported", "--model_path", str(tmp_path / "model")) == 2
+    assert "there is no executor for models of the type 'qwen3_vl_moe'" in capsys.readouterr().err
+    assert not (tmp_path / "imported").exists()

@@ -8,12 +8,14 @@ import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
-from recorded_world import make_entry, write_results
+from recorded_world import TIER_RANGES, make_entry, write_results
 from safetensors.torch import load_file
 
-from joint_controller import JointControllerModel, JointPipeline, KnobSpace
+from joint_controller import JointControllerModel, JointPipeline
 from joint_controller.cli import main
-from joint_controller.latency import OriginalLatencyEstimatorModel, read_latency_estimator
+from joint_controller.latency import read_latency_estimator
+from joint_controller.molmo.knob_space import build_knob_space
+from joint_controller.original_scripts import OriginalLatencyEstimatorModel
 from joint_controller.scripts import train
 from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE
 
@@ -75,10 +77,8 @@ def test_the_original_command_line_without_model_and_estimator(shared_dir, tmp_p
     run = tmp_path / "run"
     assert run_train(shared_dir / "profiling_results_example", run) == 0
     controller = JointControllerModel.from_pretrained(run)
-    assert not controller.config.sees_question and not controller.config.sees_image
-    assert controller.knob_space == KnobSpace(
-        {"low": (1, 3), "medium": (4, 8), "high": (9, 15)}, (4, 6, 8), (12, 14, 16)
-    )
+    assert not controller.sees_question and not controller.sees_image
+    assert controller.knob_space == build_knob_space(TIER_RANGES, (4, 6, 8), (12, 14, 16))
     text, entries = log_of(run)
     assert "There are no results of okvqa" in text
     assert "The controller sees the latency budget alone" in text
@@ -105,7 +105,7 @@ def test_the_original_command_line_with_model_and_estimator(shared_dir, tmp_path
     controller = JointControllerModel.from_pretrained(run)
     assert controller.config.stage1_inputs == controller.config.stage2_inputs == "question_and_budget"
     assert controller.config.question_size == 192
-    assert controller.knob_space.top_k == (4, 6, 8)  # the embedded executor has 1 to 4
+    assert controller.knob_space["top_k"].values == (4, 6, 8)  # the embedded executor has 1 to 4
     text, entries = log_of(run)
     assert "embedded gives features and answers nothing" in text and "no stage sees the image" in text
     assert "The estimates are off the recorded latencies by" in text
@@ -122,10 +122,11 @@ def test_stage_2_sees_the_images_where_they_are_at_hand(results_dir, model_path,
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(noise).save(path)
     flags = ["--model_path", model_path, "--image_dir", tmp_path / "images"]
-    assert run_train(results_dir, tmp_path / "run", *flags, "--num_blocks_values", 12, 16, "--top_k_values", 8) == 0
+    assert run_train(results_dir, tmp_path / "run", *flags, "--knob_values", "num_blocks=12,16", "top_k=8") == 0
     controller = JointControllerModel.from_pretrained(tmp_path / "run")
     assert controller.config.stage2_inputs == "image_question_and_budget" and controller.config.vision_size == 32
-    assert controller.knob_space.top_k == (8,) and controller.knob_space.num_blocks == (12, 16)
+    assert controller.knob_space["top_k"].values == (8,)
+    assert controller.knob_space["num_blocks"].values == (12, 16)
     text, _ = log_of(tmp_path / "run")
     assert "Stage 1 sees the question, the budget, stage 2 the image, the question, the budget." in text
     assert "Samples: 20 train, 2 validation, 2 test" in text
@@ -203,7 +204,7 @@ def test_samples_that_lack_settings_are_left_out_and_named(tmp_path, capsys):
     results = write_results(tmp_path / "gaps", ["text-vqa"], num_samples=10, change=lack_all)
     message = error_of(capsys, results, tmp_path / "gaps_run", dataset_names=["text_vqa"])
     assert "1 recorded sample(s) cannot be divided" in message
-    assert run_train(results, tmp_path / "gaps_run", "--top_k_values", 4, dataset_names=["text_vqa"]) == 0
+    assert run_train(results, tmp_path / "gaps_run", "--knob_values", "top_k=4", dataset_names=["text_vqa"]) == 0
 
 
 def test_a_pipeline_takes_a_controller_that_was_trained_on_results(tmp_path, model_path, tiny_molmo_config):
@@ -223,7 +224,7 @@ def test_a_pipeline_takes_a_controller_that_was_trained_on_results(tmp_path, mod
         name = name.replace("blocks12", "blocks3").replace("blocks16", "blocks4")
         path.unlink()
         (path.parent / name).write_text(json.dumps(content))
-    flags = ["--model_path", model_path, "--tiers", "low", "medium"]
+    flags = ["--model_path", model_path, "--knob_values", "tier=low,medium"]
     assert run_train(results, tmp_path / "run", *flags, dataset_names=["text_vqa"]) == 0
     image = Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8))
     with pytest.raises(FileNotFoundError, match="trained on recorded latencies: give `latency_estimator_path`"):
@@ -246,8 +247,12 @@ def parse(*flags, recipe=None, tmp_path=None):
 
 
 def test_defaults_with_results_are_those_of_the_original_script():
-    script_args, training_args = parse("--results_dir", "results", "--model_path", "model")
-    assert script_args.device == "cuda" and not training_args.use_cpu
+    script_args, training_args, original_args = parse("--results_dir", "results", "--model_path", "model")
+    assert (
+        original_args.given == {"results_dir", "model_path"}
+        and original_args.device == "cuda"
+        and not training_args.use_cpu
+    )
     assert training_args.output_dir == "./checkpoints/joint_controller"
     assert training_args.num_generations == 5
     assert training_args.per_device_train_batch_size == training_args.generation_batch_size == 32 * 5
@@ -259,34 +264,38 @@ def test_defaults_with_results_are_those_of_the_original_script():
 
 
 def test_defaults_without_results_are_as_they_were():
-    script_args, training_args = parse("--output_dir", "outputs")
-    assert script_args.model_path == "embedded" and script_args.dataset_names == ["easy_vqa", "scenes"]
+    script_args, training_args, original_args = parse("--output_dir", "outputs")
+    assert script_args.dataset_names == ["easy_vqa", "scenes"]
     assert (training_args.num_generations, training_args.learning_rate) == (8, 2e-3)
     assert training_args.eval_strategy == "steps" and training_args.save_every_n_epochs is None
-    assert script_args.device is None and not training_args.use_cpu
+    assert original_args.device is None and not training_args.use_cpu
 
 
 def test_aliases_set_the_fields_with_and_without_results(tmp_path):
     flags = ["--batch_size", 8, "--num_epochs", 3, "--lr", "1e-3", "--group_size", 4, "--device", "cpu"]
     flags += ["--load_stage1_checkpoint", "folder", "--output_dir", "outputs"]
     for more in ([], ["--results_dir", "results"]):
-        _, training_args = parse(*flags, *more)
+        _, training_args, _ = parse(*flags, *more)
         assert training_args.per_device_train_batch_size == 32 and training_args.num_generations == 4
         assert (training_args.num_train_epochs, training_args.learning_rate) == (3, 1e-3)
         assert training_args.use_cpu and training_args.stage1_checkpoint == "folder"
     recipe = {"results_dir": "results", "lr": 0.01, "group_size": 6, "batch_size": 2, "device": "cpu"}
-    _, training_args = parse(recipe=recipe, tmp_path=tmp_path)
+    _, training_args, _ = parse(recipe=recipe, tmp_path=tmp_path)
     assert (training_args.learning_rate, training_args.per_device_train_batch_size) == (0.01, 12)
 
 
 def test_a_flag_beats_the_recipe_by_either_name(tmp_path):
-    _, training_args = parse("--lr", "1e-3", recipe={"output_dir": "outputs", "learning_rate": 0.1}, tmp_path=tmp_path)
+    _, training_args, _ = parse(
+        "--lr", "1e-3", recipe={"output_dir": "outputs", "learning_rate": 0.1}, tmp_path=tmp_path
+    )
     assert training_args.learning_rate == 1e-3
-    _, training_args = parse("--learning_rate", "1e-3", recipe={"output_dir": "o", "lr": 0.1}, tmp_path=tmp_path)
+    _, training_args, _ = parse("--learning_rate", "1e-3", recipe={"output_dir": "o", "lr": 0.1}, tmp_path=tmp_path)
     assert training_args.learning_rate == 1e-3
-    _, training_args = parse("--per_device_train_batch_size", 20, "--results_dir", "results")
+    _, training_args, _ = parse("--per_device_train_batch_size", 20, "--results_dir", "results")
     assert training_args.per_device_train_batch_size == 20 and training_args.num_generations == 5
-    _, training_args = parse("--save_strategy", "no", "--load_best_model_at_end", "false", "--results_dir", "results")
+    _, training_args, _ = parse(
+        "--save_strategy", "no", "--load_best_model_at_end", "false", "--results_dir", "results"
+    )
     assert training_args.save_every_n_epochs is None and training_args.eval_strategy == "steps"
 
 
@@ -317,7 +326,7 @@ def test_names_that_contradict_each_other_are_refused(flags, message):
 
 
 def test_two_names_with_one_value_are_fine():
-    _, training_args = parse(
+    _, training_args, _ = parse(
         *"--output_dir o --lr 1e-3 --learning_rate 1e-3 --num_epochs 2 --num_train_epochs 2".split()
     )
     assert (training_args.learning_rate, training_args.num_train_epochs) == (1e-3, 2)
@@ -345,7 +354,9 @@ def test_cuda_where_there_is_none_is_refused(results_dir, tmp_path, capsys):
         (["--model_path", "/no/such/model"], "'/no/such/model' does not exist"),
         (["--latency_estimator_path", "none.pt"], "latency estimator 'none.pt' does not exist"),
         (["--num_threads", "0"], "`num_threads` is 0: give 1 or more"),
-        (["--top_k_values", "5"], "`top_k_values` has [5], but the results were recorded over [4, 8]"),
+        (["--knob_values", "top_k=5"], "knob `top_k` has no value 5: choose from [4, 8]"),
+        (["--knob_values", "top_k=four"], "knob `top_k` takes values of the type int32, got 'four'"),
+        (["--knob_values", "crops=5"], "there is no knob `crops`: the executor has tier, top_k, num_blocks"),
         (["--dataset_names", "text_vqaa"], "there are no results of 'text_vqaa'"),
     ],
 )

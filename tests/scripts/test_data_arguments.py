@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from joint_controller.cli import main
-from joint_controller.scripts import importance, profile, sweep, train
+from joint_controller.molmo.blocks import importance_command
+from joint_controller.scripts import profile, sweep, train
 from joint_controller.scripts.data_arguments import (
     SKIPPED_ROWS_FILE,
     DataArguments,
@@ -47,7 +48,7 @@ def names(tmp_path_factory):
 
 
 def test_every_script_with_data_takes_the_same_fields():
-    for script in (train, sweep, profile, importance):
+    for script in (train, sweep, profile, importance_command):
         flags = {flag for action in script.make_parser()._actions for flag in action.option_strings}
         assert {"--dataset_names", "--dataset_weights", "--skip_bad_rows"} <= flags, script.__name__
     assert "--streaming" in {flag for action in train.make_parser()._actions for flag in action.option_strings}
@@ -72,6 +73,36 @@ def test_splits_limits_and_weights(names, tmp_path):
     assert 0 < len(test) < 12 and set(test["sample_id"]) <= {
         f"{name}/validation/{row:06d}" for name in ("large", "small") for row in range(6)
     }
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"test_split": "train"}, "`train_split` 'train' and `test_split` 'train' share images"),
+        ({"eval_split": "train"}, "`train_split` 'train' and `eval_split` 'train' share images"),
+        ({"train_split": "validation"}, "`train_split` 'validation' and `eval_split` 'validation' share images"),
+        (
+            {"train_split": "test[:50%]", "test_split": "test[49%:]"},
+            "`test_split` .*'test\\[:90%\\]' and 'test\\[90%:\\]'",
+        ),
+        ({"train_split": "train[10%:]", "eval_split": "train[:11%]"}, "`eval_split` 'train\\[:11%\\]' share"),
+        ({"train_split": "val", "eval_split": "validation[90%:]"}, "`train_split` 'val' and `eval_split`"),
+        ({"train_split": "train[90%]"}, "the split 'train\\[90%\\]' is not understood"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_samples_to_train_on_are_not_evaluated_or_tested_on(splits, message, streaming):
+    args = DataArguments(dataset_names=["scenes"], streaming=streaming, max_train_samples=8, **splits)
+    with pytest.raises(ValueError, match=message):
+        load_data_splits(args, seed=3)
+
+
+def test_parts_of_one_split_that_do_not_overlap_are_used_for_all():
+    splits = {"train_split": "validation[:50%]", "eval_split": "validation[50%:75%]", "test_split": "validation[75%:]"}
+    limits = {"max_train_samples": 40, "max_eval_samples": 20, "max_test_samples": 20}
+    datasets = load_data_splits(DataArguments(dataset_names=["scenes"], **splits, **limits), seed=3)
+    assert [len(dataset) for dataset in datasets] == [40, 20, 20]
+    assert len({sample_id for dataset in datasets for sample_id in dataset["sample_id"]}) == 80
 
 
 def test_a_stream_and_its_evaluation_sets(names, tmp_path):

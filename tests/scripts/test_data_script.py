@@ -11,7 +11,7 @@ from PIL import Image
 
 from joint_controller.cli import main
 from joint_controller.data import FEATURES
-from joint_controller.molmo.executor import embedded_executor_path
+from joint_controller.executor import embedded_executor_path
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "easy_vqa" / "grpo.yaml"
@@ -39,18 +39,24 @@ def test_the_recipe_as_shipped_with_fewer_samples(tmp_path, capsys, monkeypatch)
     scenes = next(part for part in report["parts"] if (part["name"], part["role"]) == ("scenes", "train"))
     assert scenes["image_sizes"] == {"128x128": 20}
     assert scenes["num_images"] == 5  # four questions a scene
-    assert [scenes["tiers"][tier]["crops"]["max"] for tier in ("low", "medium", "high")] == [1, 4, 9]
+    inputs = [scenes["inputs"][f"tier={tier}"] for tier in ("low", "medium", "high")]
+    assert [numbers["counts"]["num_views"]["max"] for numbers in inputs] == [2, 5, 10]  # with the view of the whole
+    for numbers in inputs:
+        counts = numbers["counts"]
+        assert counts["vision_tokens"]["min"] + counts["text_tokens"]["min"] == numbers["prompt_tokens"]["min"]
+    assert report["knob_space"]["knobs"][0]["name"] == "tier"
     assert len(report["examples"]) == 5 and all(
         example["sample_id"].split("/")[1] == "train" for example in report["examples"]
     )
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 1600 and sheet.height > 5 * 300  # five rows of five
     shown = capsys.readouterr().out
-    for title in ("Samples", "Images by area", "Question words, prompt tokens", "Answers", "Question types"):
+    for title in ("Samples", "Images by area", "What the executor is given", "Answers", "Question types"):
         assert title in shown
     assert "5 training samples" in shown and "No prompt is longer than the 1,022 tokens" in shown
     markdown = (tmp_path / "data_report.md").read_text(encoding="utf-8")
-    assert "| easy_vqa | train | 20 |" in markdown and "![Training samples](contact_sheet.png)" in markdown
+    assert "| easy_vqa | train | 20 |" in markdown and "| easy_vqa | train | num_views | 2 | 5 | 10 |" in markdown
+    assert "![Training samples](contact_sheet.png)" in markdown
 
 
 def own_rows(num_rows: int) -> list[dict]:
@@ -90,15 +96,13 @@ def test_rows_of_ones_own_with_bad_and_too_long_ones(tmp_path, capsys, monkeypat
     report = report_of(output_dir)
     own = next(part for part in report["parts"] if (part["name"], part["role"]) == (str(folder), "train"))
     assert own["num_rows"] == 5 and own["answers"] == {"2": 5} and own["metrics"] == {"exact_count": 5}
-    assert own["tiers"]["low"]["too_long"] == ["own-1"]
+    assert own["inputs"]["tier=low"]["too_long"] == ["own-1"]
     assert [(bad["row"], bad["column"]) for bad in report["skipped_rows"]] == [(2, "answers")]
     shown = capsys.readouterr().out
-    assert (
-        "Prompts longer than the 1,022 tokens that leave room for an answer: 1, namely own-1 (low, medium, high)"
-        in (" ".join(shown.split()))
-    )
+    too_long = "1, namely own-1 (tier=low, tier=medium, tier=high)"
+    assert f"Prompts longer than the 1,022 tokens that leave room for an answer: {too_long}" in " ".join(shown.split())
     assert "Rows that were left out: 1 of 1" in shown
-    assert "[red]count[/red] (100%)" in shown  # text of the data is no markup
+    assert "[red]count[/red] (100%)" in shown  # text of the data is not markup
     with Image.open(output_dir / "contact_sheet.png") as sheet:
         assert not (np.asarray(sheet) == (255, 0, 0)).all(axis=2).any()
     markdown = (output_dir / "data_report.md").read_text(encoding="utf-8")
@@ -121,15 +125,17 @@ def test_no_weights_are_loaded(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(embedded_executor_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     flags = ["--max_train_samples", 4, "--max_eval_samples", 4, "--max_test_samples", 4, "--dataset_names", "scenes"]
-    assert run(tmp_path / "report", "--model_path", folder, "--tiers", "low", "high", *flags) == 0
-    assert report_of(tmp_path / "report")["tier_crops"] == {"low": [1, 3], "high": [9, 9]}
+    assert run(tmp_path / "report", "--model_path", folder, "--knob_values", "tier=low,high", *flags) == 0
+    tier = report_of(tmp_path / "report")["knob_space"]["knobs"][0]
+    assert (tier["values"], tier["meanings"]) == (["low", "high"], [[1, 3], [9, 9]])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model_path", "no/such/model"], "`model_path` 'no/such/model' does not exist"),
-        (["--tiers", "huge"], "knob `tier` has unknown values ['huge']"),
+        (["--knob_values", "tier=huge"], "knob `tier` has unknown values ['huge']"),
+        (["--test_split", "train[50%:]"], "`train_split` 'train' and `test_split` 'train[50%:]' share images"),
         (["--dataset_names", "nowhere"], "nowhere"),
     ],
 )
@@ -139,13 +145,20 @@ def test_what_cannot_be_found_is_refused(tmp_path, flags, message, capsys):
     assert error.startswith("joint-controller data: error: ") and message in error
 
 
-def test_a_metric_that_does_not_exist_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("metric", "accuracy", "sample 'own-0', column 'metric': there is no metric 'accuracy'"),
+        ("style", "my_style", "sample 'own-0': `style` is 'my_style'"),
+    ],
+)
+def test_a_metric_or_style_that_does_not_exist_is_refused(tmp_path, column, value, message, capsys):
     rows = own_rows(3)
-    rows[0]["metric"] = "accuracy"
+    rows[0][column] = value
     assert run(tmp_path / "report", "--dataset_names", save(tmp_path, rows)) == 2
-    assert "sample 'own-0', column 'metric': there is no metric 'accuracy'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_recorded_results_are_no_data_set(tmp_path, capsys):
     assert main(["data", "--results_dir", "results", "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
-    assert "recorded results (`results_dir`) are none" in capsys.readouterr().err
+    assert "not recorded results (`results_dir`)" in capsys.readouterr().err

@@ -12,14 +12,18 @@ import pytest
 import torch
 from datasets import Dataset
 
-from joint_controller import KnobSetting, LatencyEstimatorModel
+from joint_controller import KnobSpace, LatencyEstimatorModel
 from joint_controller.data import load_vqa_datasets
-from joint_controller.latency import load_profile, make_profile_inputs, profile_executor, profiling, save_profile
+from joint_controller.latency import load_profile, profiling, save_profile
+from joint_controller.latency.profile_inputs import make_profile_inputs
 from joint_controller.latency.profile_journal import JOURNAL_FILE
-from joint_controller.latency.profile_table import PROFILE_FILE
+from joint_controller.latency.profile_table import PROFILE_FILE, profile_settings
+from joint_controller.latency.profiling import profile_executor
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.scripts import fit_latency, profile, run_script
 
+
+pytestmark = pytest.mark.slow
 
 NUM_SETTINGS = 18  # 3 tiers, top_k 2 to 4, 3 or 4 blocks: the defaults for a checkpoint of 4 blocks and top_k 4
 
@@ -50,7 +54,7 @@ def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_
     table = load_profile(profile_folder)
     executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
     assert len(executor.knob_space) == NUM_SETTINGS
-    rows = {(row["sample_id"], KnobSetting(row["tier"], row["top_k"], row["num_blocks"])) for row in table}
+    rows = set(zip(table["sample_id"], profile_settings(table), strict=True))
     sample_ids = load_vqa_datasets(["scenes"], "train", 3)["sample_id"]
     assert rows == {(sample_id, setting) for sample_id in sample_ids for setting in executor.knob_space}
     assert len(table) == len(rows)
@@ -63,7 +67,8 @@ def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_
         assert row["executor_dtype"] == "float32" and row["torch_version"] == torch.__version__
         assert row["executor_mode"] == executor.mode and row["driver_version"] == "none"
         assert len(row["decode_ms"]) == 2 and row["prefill_lengths"] is None
-        assert row["controller_ms"] > 0
+        assert row["controller_ms"] > 0 and row["executor_type"] == "molmo"
+        assert KnobSpace.from_dict(json.loads(row["knob_space"])) == executor.knob_space
         # Of two repeats of two steps each, medians are means.
         assert row["decode_ms_per_token"] == pytest.approx(sum(row["decode_ms"]) / 2)
 
@@ -73,7 +78,7 @@ def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_fo
     assert "MAPE" in capsys.readouterr().out
     model = LatencyEstimatorModel.from_pretrained(tmp_path / "latency")
     executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
-    model.check_executor(executor.model.config)
+    model.check_executor(executor)
     assert model.config.executor_fingerprint == executor.fingerprint
     report = json.loads((tmp_path / "latency" / "fit_report.json").read_text())
     assert report == model.config.held_out
@@ -81,9 +86,8 @@ def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_fo
     assert model.config.device_name in (tmp_path / "latency" / "README.md").read_text()
     # The machine may be busy: only the order of magnitude is certain.
     table = load_profile(profile_folder)
-    settings = [KnobSetting(row["tier"], row["top_k"], row["num_blocks"]) for row in table]
-    counts = [table[column][:] for column in ("num_views", "vision_tokens", "text_tokens", "output_tokens")]
-    predicted = model.predict_latency_ms(settings, *counts).median().item()
+    counts = {name: table[name][:] for name in executor.count_names}
+    predicted = model.predict_latency_ms(profile_settings(table), counts, table["output_tokens"][:]).median().item()
     measured = torch.tensor(
         [row["vision_ms"] + row["llm_prefill_ms"] + 2 * row["decode_ms_per_token"] for row in table]
     ).median()
@@ -128,8 +132,8 @@ def test_time_limit_measures_a_spread_out_subset(executor_folder):
     table = profile_executor(executor, inputs, repeats=1, decode_steps=1, time_limit_s=3.0, progress=False)
     assert len(table) < 60 * NUM_SETTINGS
     # However few there was time for, the cheapest and the most expensive setting come first.
-    settings = [(row["tier"], row["top_k"], row["num_blocks"]) for row in table]
-    assert settings[:2] == [("low", 2, 3), ("high", 4, 4)][: len(settings)]
+    settings = profile_settings(table)
+    assert settings[:2] == [executor.knob_space.cheapest, executor.knob_space.full][: len(settings)]
     # No setting is measured twice before all are measured once.
     counts = [settings.count(setting) for setting in set(settings)]
     assert max(counts) - min(counts) <= 1 and (max(counts) == 1 or len(counts) == NUM_SETTINGS)
@@ -214,7 +218,7 @@ def test_a_killed_profile_goes_on_where_it_stopped(executor_folder, tmp_path, mo
     assert len(calls) == num_timings - len(kept) + len(unfinished)
     table = load_profile(folder)
     assert len(table) == 40 and set(table["num_repeats"]) == {6}
-    vision = [entry["times"]["vision_ms"] for entry in timings if entry["measurement"] == 0]
+    vision = [entry["times"]["stage_ms"]["vision"] for entry in timings if entry["measurement"] == 0]
     assert table[0]["vision_ms"] == pytest.approx(sorted(vision)[2] / 2 + sorted(vision)[3] / 2)
     assert [path.name for path in folder.iterdir()] == [PROFILE_FILE]
 
@@ -254,14 +258,15 @@ def test_a_sample_of_settings_and_measurements(executor_folder, tmp_path, capsys
         "--free_decoding",
         "true",
     ]
-    flags += ["--max_new_tokens", 3, "--top_k_values", 1, 2, 3, "--tiers", "low", "medium"]
+    flags += ["--max_new_tokens", 3, "--knob_values", "top_k=1,2,3", "tier=low,medium"]
     flags += ["--device", "cpu", "--executor_mode", "plain"]
     assert run_profile(tmp_path, executor_folder, *flags) == 0
     assert "To measure: 12 of 5 settings x 4 inputs measurements, 1 repeats each" in capsys.readouterr().out
     table = load_profile(tmp_path)
-    settings = list(zip(table["tier"], table["top_k"], table["num_blocks"], strict=True))
+    settings = profile_settings(table)
     assert len(table) == 12 and len(set(settings)) == 5
-    assert settings[:2] == [("low", 1, 3), ("medium", 3, 4)] and set(table["executor_mode"]) == {"plain"}
+    assert [tuple(setting.values()) for setting in settings[:2]] == [("low", 1, 3), ("medium", 3, 4)]
+    assert set(table["executor_mode"]) == {"plain"}
     for row in table:
         steps = row["decode_ms"] or []
         assert row["output_tokens"] == 1 + len(steps) <= 3 and (row["decode_ms_per_token"] is None) == (not steps)
@@ -355,4 +360,5 @@ def test_inputs_and_repeats_are_needed(executor_folder):
 def test_help_explains_every_field(script):
     text = script.make_parser().format_help()
     for action in script.make_parser()._actions:
-        assert action.help and action.option_strings[0] in text
+        if "--help" not in action.option_strings[-1]:
+            assert action.help and action.option_strings[0] in text

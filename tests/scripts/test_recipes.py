@@ -62,6 +62,7 @@ def test_sweep_without_a_controller_is_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["embedded_executor", "molmoe_1b"])
+@pytest.mark.slow
 def test_profile_and_fit_latency(tmp_path, name):
     """That of MolmoE-1B on the embedded executor: its own needs a GPU."""
     sizes = {"model_path": "embedded", "num_inputs": 4, "num_measurements": 64, "num_threads": 1}
@@ -85,11 +86,10 @@ def test_profile_and_fit_latency(tmp_path, name):
 
 def test_every_recipe_is_run_by_a_test():
     """
-    `train.yaml` is run in test_train_executor.py, those of blocks in test_importance_script.py, `grpo.yaml` of MolmoE-1B
+    `train.yaml` is run in test_train_executor.py, those of blocks in test_importance_command.py, `grpo.yaml` of MolmoE-1B
     in test_official_files.py.
     """
     assert {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} == {
-        "accelerate_configs/multi_gpu.yaml",
         "easy_vqa/grpo.yaml",
         "easy_vqa/sweep.yaml",
         "embedded_executor/fit_latency.yaml",

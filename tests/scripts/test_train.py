@@ -2,21 +2,32 @@
 
 import io
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers.trainer
 import yaml
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from joint_controller import JointControllerModel, LatencyEstimatorConfig, LatencyEstimatorModel
+from joint_controller import (
+    JointControllerModel,
+    JointGRPOTrainer,
+    JointPipeline,
+    KnobSetting,
+    LatencyEstimatorConfig,
+    LatencyEstimatorModel,
+)
 from joint_controller.cli import main
 from joint_controller.evaluation.sweep import SWEEP_FILE
-from joint_controller.latency import executor_shape
+from joint_controller.executor import executor_shape
 from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE
+from joint_controller.scripts.training_console import likeliest_by_budget
 
 
 ROWS = 24
@@ -65,12 +76,17 @@ def folders(tmp_path_factory, tiny_molmo, tiny_processor):
     root = tmp_path_factory.mktemp("train")
     tiny_molmo.save_pretrained(root / "executor")
     tiny_processor.save_pretrained(root / "executor")
+    executor_type, shape = executor_shape(root / "executor")
     estimator = LatencyEstimatorModel(
         LatencyEstimatorConfig(
+            executor_type=executor_type,
             fitted_knobs={"tier": ["low", "medium", "high"], "top_k": [1, 4], "num_blocks": [1, 4]},
-            executor_shape=executor_shape(tiny_molmo.config),
+            executor_shape=shape,
+            upper_quantiles={"total": {"0.95": 1.5}},
         )
     )
+    for stage in ("vision", "llm_prefill", "decode"):
+        estimator.get_parameter(f"{stage}_units").data[:, :-1] = 1.0  # steps of no height: the factor is 1
     estimator.vision_coefficients.data[1] = 1.0
     estimator.llm_prefill_coefficients.data[1] = 1.0
     estimator.decode_coefficients.data[2] = 1.0
@@ -89,8 +105,7 @@ def recipe(folders, tmp_path):
             "latency_estimator_path": str(folders / "estimator"),
             "dataset_names": [str(folders / "data")],
             "output_dir": str(tmp_path / "run"),
-            "top_k_values": [1, 4],
-            "num_blocks_values": [2, 4],
+            "knob_values": {"top_k": [1, 4], "num_blocks": [2, 4]},
             "max_new_tokens": 2,
             "max_static_samples": 4,
             "precompute_outcomes": True,
@@ -128,7 +143,7 @@ def test_a_run_leaves_controller_log_outcomes_and_sweep(recipe, tmp_path, capsys
     assert main(["train", "--config", recipe()]) == 0
     run = tmp_path / "run"
     controller = JointControllerModel.from_pretrained(run)
-    assert controller.knob_space.num_blocks == (2, 4)
+    assert controller.knob_space.values["num_blocks"] == (2, 4)
     best = max(
         json.loads((checkpoint / "trainer_state.json").read_text())["best_global_step"]
         for checkpoint in run.glob("checkpoint-*")
@@ -149,7 +164,8 @@ def test_a_run_leaves_controller_log_outcomes_and_sweep(recipe, tmp_path, capsys
     assert len(sweep) == 2 * 5
     results = json.loads((run / RESULTS_FILE).read_text())
     assert set(results["eval_reward_mean_over_budgets"]) == set(sweep["policy"])
-    assert "controller" in (run / "README.md").read_text()
+    assert "![Accuracy against mean latency](accuracy_latency.png)" in (run / "README.md").read_text()
+    assert (run / "accuracy_latency.png").stat().st_size > 1000
     assert "best static" in capsys.readouterr().out
     outcomes = Dataset.from_parquet([str(path) for path in (run / "outcomes").glob("*.parquet")])
     keys = set(zip(outcomes["sample_id"], outcomes["tier"], outcomes["top_k"], outcomes["num_blocks"], strict=True))
@@ -206,6 +222,89 @@ def test_a_run_on_a_stream_ends_as_one_that_was_interrupted(recipe, folders, tmp
     assert len((run / "skipped_rows.jsonl").read_text().splitlines()) == 1
 
 
+def short_answer(answer, **kwargs):
+    """A reward function of the user's own, which reads a column that the package's do not."""
+    return [1.0 / (1 + len(one)) for one in answer]
+
+
+def test_the_sweep_takes_the_rewards_and_the_latencies_that_the_controller_was_trained_with(recipe, folders, tmp_path):
+    """Not the default reward, nor another estimator."""
+    rewards = {"reward_funcs": [f"{__name__}.short_answer", "accuracy_reward"], "reward_weights": [2.0, 0.25]}
+    assert main(["train", "--config", recipe(**rewards)]) == 0
+    run = tmp_path / "run"
+    trained = Dataset.from_parquet(str(run / SWEEP_FILE), cache_dir=str(tmp_path / "cache"))
+    # fmt: off
+    swept = [
+        "sweep", "--controller_path", run, "--model_path", folders / "executor", "--dataset_names", folders / "data",
+        "--outcomes_dir", run / "outcomes", "--max_new_tokens", 2, "--max_static_samples", 4, "--output_dir", tmp_path / "sweep",
+        "--budgets_ms", *sorted(set(trained["latency_budget_ms"])),
+    ]
+    # fmt: on
+    assert main([str(one) for one in swept]) == 0
+    again = Dataset.from_parquet(str(tmp_path / "sweep" / SWEEP_FILE), cache_dir=str(tmp_path / "cache"))
+    expected = [row for row in trained if row["policy"] in ("controller", "full")]
+    found = [row for row in again if row["policy"] in ("controller", "full")]
+    assert len(found) == 4
+    for row, other in zip(expected, found, strict=True):
+        assert (row["policy"], row["accuracy"], row["latency_ms"]) == (
+            other["policy"],
+            other["accuracy"],
+            other["latency_ms"],
+        )
+        assert row["reward"] == pytest.approx(other["reward"])
+        assert row["reward"] > 0.25 * row["accuracy"]  # short answers count
+
+
+def test_a_pushed_controller_is_finished_when_it_is_pushed(recipe, folders, tmp_path, monkeypatch):
+    """What would go to the Hub has its card with the results, and its latencies; nothing is pushed before."""
+    pushed = []
+
+    def upload(**kwargs):
+        folder = tmp_path / "run"
+        pushed.append(((folder / "README.md").read_text(), (folder / "latency_estimator" / "config.json").is_file()))
+
+    monkeypatch.setattr(
+        JointGRPOTrainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/mine")
+    )
+    # Releases of transformers upload by a function of their own, or by that of `huggingface_hub`.
+    monkeypatch.setattr(transformers.trainer, "upload_folder", upload, raising=False)
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload), raising=False)
+    assert main(["train", "--config", recipe(push_to_hub=True, hub_model_id="me/mine", hub_strategy="end")]) == 0
+    [(card, has_latencies)] = pushed
+    assert has_latencies and "| `num_blocks` | 2, 4 | stage 2 |" in card and "best static" in card
+    assert "text-generation" not in card and "JointPipeline.from_pretrained" in card
+    assert JointPipeline.from_pretrained(tmp_path / "run", model_path=folders / "executor")
+
+
+def test_a_pipe_gets_one_line_for_each_logged_step_and_evaluation(recipe, capsys):
+    assert main(["train", "--config", recipe()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if "reward" in line and line.startswith("step")] == [
+        *("step 0/4", "step 1/4", "step 2/4", "step 2/4", "step 3/4", "step 4/4", "step 4/4")
+    ]
+    evaluations = [line for line in lines if "evaluation:" in line]
+    assert len(evaluations) == 3
+    number = r"-?\d+\.\d+"
+    knobs = r"(low|medium|high)·[14]·[24]"
+    for line in evaluations:
+        assert re.search(
+            rf"reward {number}  accuracy {number}  latency {number} ms  violations {number}%  entropy {number}  "
+            rf"tight {knobs}, middle {knobs}, ample {knobs}$",
+            line,
+        )
+    assert not any(line.startswith("{") or "'loss'" in line for line in lines)
+
+
+def test_likeliest_knobs_are_those_of_each_third_of_the_budgets():
+    def setting(number):
+        return KnobSetting(tier="low" if number < 4 else "high", depth=number % 3)
+
+    decisions = [(float(budget), setting(budget)) for budget in (8, 1, 2, 6, 0, 3, 4, 7, 5)]
+    # Budgets 0 to 2, 3 to 5, 6 to 8.
+    assert [one.split("·")[0] for one in likeliest_by_budget(decisions)] == ["low", "high", "high"]
+    assert likeliest_by_budget([]) == ["-", "-", "-"]
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -235,14 +334,15 @@ def test_an_unknown_field(recipe, capsys):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"top_k_values": [4, 9]}, "knob `top_k` has the value 9 but the executor has 8 experts"),
-        ({"num_blocks_values": [4, 5]}, "knob `num_blocks` has the value 5 but the executor has 4 blocks"),
-        ({"tiers": ["low", "huge"]}, "unknown values ['huge']"),
-        ({"top_k_values": [1, 8]}, "`top_k` is 8 but the latency estimator was fitted on 1 to 4"),
+        ({"top_k": [4, 9]}, "knob `top_k` has the value 9 but the executor has 8 experts"),
+        ({"num_blocks": [4, 5]}, "knob `num_blocks` has the value 5 but the executor has 4 blocks"),
+        ({"tier": ["low", "huge"]}, "huge"),
+        ({"depth": [1]}, "there is no knob `depth`"),
+        ({"top_k": [1, 8]}, "`top_k` is 8 but the latency estimator was fitted on 1 to 4"),
     ],
 )
 def test_knob_values_outside_the_checkpoint(recipe, capsys, change, expected):
-    assert expected in error_of(capsys, ["train", "--config", recipe(**change)])
+    assert expected in error_of(capsys, ["train", "--config", recipe(knob_values=change)])
 
 
 def without_questions(rows):
@@ -290,6 +390,26 @@ def test_a_budget_range_that_no_setting_can_meet(recipe, capsys):
 def test_what_cannot_be_done_on_a_stream(recipe, capsys, tmp_path, change, expected):
     path = recipe(**{"streaming": True, "precompute_outcomes": None, **change})
     assert expected in error_of(capsys, ["train", "--config", path])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"max_static_samples": 0}, "`max_static_samples` is 0: give 1 or more"),
+        ({"max_static_samples": -3}, "`max_static_samples` is -3"),
+        ({"sweep_budget_fractions": []}, "`sweep_budget_fractions` is []: give one or more"),
+        ({"sweep_budget_fractions": [0.5, float("nan")]}, "`sweep_budget_fractions` in recipe"),
+        ({"sweep_budget_fractions": [0.0]}, "`sweep_budget_fractions` is [0.0]"),
+        ({"reward_weights": [1.0, float("nan"), 1.0, 1.0, 1.0]}, "`reward_weights` in recipe"),
+        ({"temperature": 0.0}, "`temperature` is 0.0"),
+        ({"latency_budget_max_ms": float("inf")}, "which must be finite"),
+        ({"reward_funcs": ["acuracy_reward"]}, "there is no reward function 'acuracy_reward'"),
+        ({"test_split": "train"}, "`train_split` 'train' and `test_split` 'train' share images"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(recipe, capsys, tmp_path, change, expected):
+    assert expected in error_of(capsys, ["train", "--config", recipe(**change)])
     assert not (tmp_path / "run").exists()
 
 

@@ -3,26 +3,28 @@
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from molmo_knobs import molmo_setting, molmo_space
 from PIL import Image as PILImage
 
 from joint_controller.controller import JointControllerConfig, JointControllerModel
 from joint_controller.executor import ExecutorOutput
-from joint_controller.knobs import KnobSetting, KnobSpace
+from joint_controller.knobs import KnobSetting
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
-from joint_controller.rewards import total_reward
+from joint_controller.rewards import DEFAULT_REWARDS, total_reward
 from joint_controller.trainer import JointGRPOConfig, JointGRPOTrainer
 
 
-SPACE = KnobSpace({"low": (1, 1), "medium": (4, 4), "high": (9, 9)}, top_k=(1, 2, 4), num_blocks=(4, 6, 8))
+SPACE = molmo_space({"low": (1, 1), "medium": (4, 4), "high": (9, 9)}, top_k=(1, 2, 4), num_blocks=(4, 6, 8))
 FULL_MS = 30.0
 # The cheapest setting at which each kind of question is answered.
 NEEDS = {
-    "existence": KnobSetting("low", 1, 4),
-    "digit": KnobSetting("high", 1, 4),
-    "comparison": KnobSetting("low", 1, 8),
-    "shape": KnobSetting("medium", 4, 6),
+    "existence": molmo_setting("low", 1, 4),
+    "digit": molmo_setting("high", 1, 4),
+    "comparison": molmo_setting("low", 1, 8),
+    "shape": molmo_setting("medium", 4, 6),
 }
 HIDDEN_SIZE = 16
+COUNTS = {"num_views": 2, "vision_tokens": 16, "text_tokens": 8}
 
 
 def latency_of(setting: KnobSetting) -> float:
@@ -40,16 +42,17 @@ class FormulaExecutor:
     """An executor whose answers follow from `NEEDS`: "yes" where the setting suffices, else "no"."""
 
     knob_space = SPACE
-    hidden_size = HIDDEN_SIZE
+    question_size = vision_size = HIDDEN_SIZE
     fingerprint = "formula"
 
     def question_features(self, questions):
         return torch.stack([_direction(question.split()[0]) for question in questions])
 
-    def vision_features(self, requests, tier):
+    def vision_features(self, requests):
         return torch.stack(
             [
-                _direction(tier) + float(np.asarray(request.load_image()).mean()) / 255 * _direction("brightness")
+                _direction(request.setting["tier"])
+                + float(np.asarray(request.load_image()).mean()) / 255 * _direction("brightness")
                 for request in requests
             ]
         )
@@ -58,7 +61,7 @@ class FormulaExecutor:
         outputs = []
         for request in requests:
             answer = "yes" if is_answered(request.question.split()[0], request.setting) else "no"
-            outputs.append(ExecutorOutput(request.sample_id, request.setting, answer, 2, 16, 8, 2))
+            outputs.append(ExecutorOutput(request.sample_id, request.setting, answer, COUNTS, 2))
         if on_batch is not None:
             on_batch(outputs)
         return outputs
@@ -67,8 +70,12 @@ class FormulaExecutor:
 class FormulaLatency:
     """A latency estimator whose estimates are `latency_of`."""
 
-    def predict_latency_ms(self, settings, num_views, vision_tokens, text_tokens, output_tokens):
-        return torch.tensor([latency_of(setting) for setting in settings])
+    def latency_ms(self, outcomes):
+        return torch.tensor([latency_of(outcome.setting) for outcome in outcomes])
+
+    def save_pretrained(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "formula.txt").write_text("5 ms + 10 tier + 5 top_k + 10 num_blocks")
 
 
 def _direction(name: str) -> torch.Tensor:
@@ -113,7 +120,9 @@ def make_dataset(num_rows: int, prefix: str = "train", question_types=tuple(NEED
 
 def make_collector(path=None) -> OutcomeCollector:
     return OutcomeCollector(
-        FormulaExecutor(), OutcomeStore(path, "formula"), lambda metric, answer, answers: float(answer in answers)
+        FormulaExecutor(),
+        OutcomeStore(path, "formula", SPACE),
+        lambda metric, answer, answers: float(answer in answers),
     )
 
 
@@ -150,12 +159,13 @@ def make_args(output_dir, **kwargs) -> JointGRPOConfig:
     return JointGRPOConfig(**{**values, **kwargs})
 
 
-def make_trainer(output_dir, controller=None, collector=None, num_rows=32, num_eval_rows=16, **kwargs):
+def make_trainer(output_dir, controller=None, outcomes=None, num_rows=32, num_eval_rows=16, **kwargs):
     trainer_kwargs = {name: kwargs.pop(name) for name in ("reward_funcs", "callbacks") if name in kwargs}
+    latency_estimator = kwargs.pop("latency_estimator", FormulaLatency())
     return JointGRPOTrainer(
         model=make_controller() if controller is None else controller,
-        collector=make_collector() if collector is None else collector,
-        latency_estimator=FormulaLatency(),
+        outcomes=make_collector() if outcomes is None else outcomes,
+        latency_estimator=latency_estimator,
         args=make_args(output_dir, **kwargs),
         train_dataset=make_dataset(num_rows),
         eval_dataset=make_dataset(num_eval_rows, "validation"),
@@ -165,7 +175,13 @@ def make_trainer(output_dir, controller=None, collector=None, num_rows=32, num_e
 
 def reward_of(question_type: str, setting: KnobSetting, budget_ms: float) -> float:
     accuracy = float(is_answered(question_type, setting))
-    return total_reward([accuracy], [latency_of(setting)], [budget_ms], [SPACE.normalized(setting)]).item()
+    columns = {
+        "accuracy": [accuracy],
+        "latency_ms": [latency_of(setting)],
+        "latency_budget_ms": [budget_ms],
+        "normalized_knobs": [SPACE.normalized(setting)],
+    }
+    return total_reward(DEFAULT_REWARDS, columns).item()
 
 
 def best_reward(question_type: str, budget_ms: float) -> float:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from formula_world import ColumnRecorder, make_trainer
 
 
@@ -16,7 +17,7 @@ from formula_world import ColumnRecorder, make_collector, make_trainer
 folder = sys.argv[1]
 recorder = ColumnRecorder()
 trainer = make_trainer(
-    folder, collector=make_collector(folder + "/outcomes"), num_rows=24, per_device_train_batch_size=12,
+    folder, outcomes=make_collector(folder + "/outcomes"), num_rows=24, per_device_train_batch_size=12,
     reward_funcs=[recorder], reward_weights=[1.0],
 )
 trainer.train()
@@ -26,8 +27,8 @@ result = {
     "budgets": [batch["latency_budget_ms"] for batch in recorder.batches],
     "settings": [batch["completions"] for batch in recorder.batches],
     "digest": hashlib.sha256(bits).hexdigest(),
-    "num_executed": trainer.collector.num_executed,
-    "num_outcomes": len(trainer.collector.store),
+    "num_executed": trainer.outcomes.num_executed,
+    "num_outcomes": len(trainer.outcomes.store),
     "best": trainer.state.best_metric,
 }
 with open(f"{folder}/process_{trainer.accelerator.process_index}.json", "w") as file:
@@ -35,6 +36,7 @@ with open(f"{folder}/process_{trainer.accelerator.process_index}.json", "w") as 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -18,20 +18,21 @@ from formula_world import (
     reward_of,
 )
 
-from joint_controller.data import Sample, draw_budget
+from joint_controller.data import Sample
 from joint_controller.executor import ExecutorRequest
+from joint_controller.latency import RecordedLatencies
 from joint_controller.outcomes import OutcomeStore, RecordedOutcomes
-from joint_controller.rewards import DEFAULT_REWARD_WEIGHTS, REWARD_FUNCTIONS
+from joint_controller.rewards import DEFAULT_REWARDS
 from joint_controller.trainer import resolve_latency_budgets
-from joint_controller.trainer.rollout import draw_action_noise
+from joint_controller.trainer.draws import draw_budget
 
 
 def first_rows(trainer, num_rows: int) -> list[dict]:
     return [trainer.train_dataset[row // trainer.num_generations] for row in range(num_rows)]
 
 
-def request_of(row: dict) -> ExecutorRequest:
-    return ExecutorRequest.of(Sample(row), SPACE.full)
+def request_of(row: dict, tier_index: int) -> ExecutorRequest:
+    return ExecutorRequest.of(Sample(row), SPACE.setting((tier_index, 0, 0)))
 
 
 def logged(trainer, metric: str) -> list[float]:
@@ -81,8 +82,8 @@ def test_scores_decisions_as_the_softmax_of_both_stages_does(tmp_path):
     for row in range(16):
         tier, top_k, num_blocks = batch["actions"][row].tolist()
         one = slice(row, row + 1)
-        tier_probs = (trainer.model.stage1(question[one], budget[one])[0] / 0.5).softmax(-1)
-        stage2 = trainer.model.stage2(vision[one], question[one], budget[one], torch.tensor([tier]))
+        tier_probs = (trainer.model.stage1(question[one], budget[one])[0][0] / 0.5).softmax(-1)
+        stage2 = trainer.model.stage2(vision[one], question[one], budget[one], torch.tensor([[tier]]))
         top_k_probs, num_blocks_probs = ((logits[0] / 0.5).softmax(-1) for logits in stage2)
         probs = torch.stack([tier_probs[tier], top_k_probs[top_k], num_blocks_probs[num_blocks]])
         torch.testing.assert_close(logps[row], probs.log(), rtol=1e-4, atol=1e-5)
@@ -96,8 +97,7 @@ def test_stage_2_sees_the_image_at_the_tier_taken(tmp_path):
     batch = trainer._generate_and_score_completions(copy.deepcopy(rows))
     assert len(batch["actions"][:, 0].unique()) > 1
     for row, (tier_index, *_) in enumerate(batch["actions"].tolist()):
-        request = request_of(rows[row])
-        expected = trainer.collector.executor.vision_features([request], SPACE.values["tier"][tier_index])[0]
+        expected = trainer.outcomes.executor.vision_features([request_of(rows[row], tier_index)])[0]
         torch.testing.assert_close(batch["vision_features"][row], expected)
 
 
@@ -144,16 +144,6 @@ def test_a_group_shares_one_budget_which_is_drawn_anew_each_epoch(tmp_path):
     assert set(seen) == expected
 
 
-def test_action_noise_samples_from_the_softmax():
-    logits = torch.tensor([2.0, 0.0, -1.0])
-    noise = draw_action_noise(seed=1, epoch=0, sample_id="a", num_generations=20_000, num_logits=3)
-    shares = (logits + noise).argmax(-1).bincount(minlength=3) / 20_000
-    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.015, rtol=0)
-    again = draw_action_noise(seed=1, epoch=0, sample_id="a", num_generations=20_000, num_logits=3)
-    assert torch.equal(noise, again)
-    assert not torch.equal(noise, draw_action_noise(1, 1, "a", 20_000, 3))
-
-
 def test_evaluation_takes_the_likeliest_setting_and_repeats_itself(tmp_path):
     recorder = ColumnRecorder()
     trainer = make_trainer(tmp_path, reward_funcs=[recorder], reward_weights=[1.0])
@@ -166,17 +156,16 @@ def test_evaluation_takes_the_likeliest_setting_and_repeats_itself(tmp_path):
     timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     assert all(first[name] == second[name] for name in first if name.startswith("eval_") and name not in timings)
 
-    executor, columns = trainer.collector.executor, recorder.batches[0]
+    executor, columns = trainer.outcomes.executor, recorder.batches[0]
     rows = {row["sample_id"]: row for row in trainer.eval_dataset}
     for sample_id, budget_ms, setting in zip(
         columns["sample_id"], columns["latency_budget_ms"], columns["setting"], strict=True
     ):
         question = executor.question_features([rows[sample_id]["question"]])
         budget = torch.tensor([budget_ms])
-        tier_index = trainer.model.stage1(question, budget).argmax(-1)
-        request = request_of(rows[sample_id])
-        vision = executor.vision_features([request], SPACE.values["tier"][tier_index.item()])
-        stage2 = trainer.model.stage2(vision, question, budget, tier_index)
+        tier_index = trainer.model.stage1(question, budget)[0].argmax(-1)
+        vision = executor.vision_features([request_of(rows[sample_id], tier_index.item())])
+        stage2 = trainer.model.stage2(vision, question, budget, tier_index[:, None])
         assert SPACE.indices(setting) == (tier_index.item(), *(logits.argmax(-1).item() for logits in stage2))
 
 
@@ -185,8 +174,9 @@ def test_logs_rewards_by_name_and_what_they_are_made_of(tmp_path):
     trainer.train()
     for prefix in ("", "eval_"):
         entry = next(entry for entry in trainer.state.log_history if f"{prefix}reward" in entry)
-        terms = [entry[f"{prefix}rewards/{name}/mean"] for name in REWARD_FUNCTIONS]
-        weighted = sum(weight * term for weight, term in zip(DEFAULT_REWARD_WEIGHTS, terms, strict=True))
+        weighted = sum(
+            weight * entry[f"{prefix}rewards/{function.__name__}/mean"] for function, weight in DEFAULT_REWARDS.items()
+        )
         assert entry[f"{prefix}reward"] == pytest.approx(weighted, abs=1e-5)
         assert entry[f"{prefix}accuracy"] == entry[f"{prefix}rewards/accuracy_reward/mean"]
         assert 5 <= entry[f"{prefix}latency_ms"] <= 30
@@ -300,7 +290,7 @@ def test_fractions_refer_to_the_full_setting(tmp_path):
     ("controller_kwargs", "kwargs", "message"),
     [
         ({"question_size": 8}, {}, "`question_size` is 8, but the executor's features are 16 wide"),
-        ({"knob_space": {**SPACE.to_dict(), "top_k": [1, 2]}}, {}, "build both with one knob space"),
+        ({"knob_space": SPACE.restrict({"top_k": [1, 2]}).to_dict()}, {}, "build both with one knob space"),
         ({"latency_budget_min_ms": 12.0}, {}, "the controller encodes budgets of 12.000 to 30.000 ms"),
         (
             {},
@@ -320,16 +310,19 @@ def record_everything(path) -> RecordedOutcomes:
     samples = [*make_dataset(32), *make_dataset(16, "validation")]
     settings = list(SPACE)
     outcomes = collector.collect([sample for sample in samples for _ in settings], settings * len(samples))
-    store = OutcomeStore(path, "recorded")
+    store = OutcomeStore(path, "recorded", SPACE)
     store.add([replace(outcome, latency_ms=latency_of(outcome.setting)) for outcome in outcomes])
-    return RecordedOutcomes(store, SPACE, feature_source=collector.executor)
+    return RecordedOutcomes(store, SPACE, features=collector.executor)
 
 
 def test_recorded_outcomes_train_the_controller_that_the_executor_would_have(tmp_path):
     executed = make_trainer(tmp_path / "executed")
     executed.train()
-    recorded = make_trainer(tmp_path / "recorded", collector=record_everything(tmp_path / "store"))
-    recorded.latency_estimator = None  # the measured latencies
+    recorded = make_trainer(
+        tmp_path / "recorded",
+        outcomes=record_everything(tmp_path / "store"),
+        latency_estimator=RecordedLatencies(),
+    )
     recorded.train()
     assert logged(recorded, "eval_reward") == pytest.approx(logged(executed, "eval_reward"))
     for name, value in executed.model.state_dict().items():
@@ -337,21 +330,56 @@ def test_recorded_outcomes_train_the_controller_that_the_executor_would_have(tmp
 
 
 def test_a_controller_that_sees_the_budget_alone_needs_no_features(tmp_path):
-    collector = record_everything(None)
-    collector.feature_source = None
+    outcomes = record_everything(None)
+    outcomes.features = None
     with pytest.raises(ValueError, match="nothing gives features of questions and images"):
-        make_trainer(tmp_path, collector=collector)
+        make_trainer(tmp_path, outcomes=outcomes)
     controller = make_controller(stage1_inputs="budget", stage2_inputs="budget")
-    trainer = make_trainer(tmp_path, controller=controller, collector=collector, max_steps=4)
+    trainer = make_trainer(tmp_path, controller=controller, outcomes=outcomes, max_steps=4)
     trainer.train()
     assert len(logged(trainer, "eval_reward")) == 1
+
+
+def test_checkpoints_and_the_output_folder_hold_the_latencies_and_the_card_is_the_packages(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-8"):
+        assert (folder / "latency_estimator" / "formula.txt").is_file()
+    trainer.create_model_card(model_name="any", tags=["any"])
+    card = (tmp_path / "README.md").read_text()
+    assert "| `num_blocks` | 4, 6, 8 | stage 2 |" in card and "text-generation" not in card
+    trainer.model_card = "# Mine"
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == "# Mine"
+
+
+def test_budgets_that_are_resolved_already_are_taken_as_they_are(tmp_path):
+    trainer = make_trainer(tmp_path)
+    outcomes = make_collector()
+    again = type(trainer)(
+        model=make_controller(),
+        outcomes=outcomes,
+        latency_estimator=trainer.latency_estimator,
+        args=make_args(tmp_path),
+        train_dataset=make_dataset(32),
+        eval_dataset=make_dataset(16, "validation"),
+        latency_budgets=trainer.latency_budgets,
+    )
+    assert again.latency_budgets is trainer.latency_budgets and outcomes.num_executed == 0
+
+
+def test_a_completion_is_as_long_as_there_are_knobs(tmp_path):
+    assert make_trainer(tmp_path).max_completion_length == 3
+    with pytest.raises(ValueError, match="`max_completion_length` is 16, but the controller decides on 3 knobs"):
+        make_trainer(tmp_path, max_completion_length=16)
 
 
 def test_a_data_set_that_lacks_a_column_or_repeats_an_id_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     arguments = {
         "model": make_controller(),
-        "collector": make_collector(),
+        "outcomes": make_collector(),
         "latency_estimator": trainer.latency_estimator,
         "args": make_args(tmp_path),
     }

@@ -58,7 +58,7 @@ def best_of(trainer) -> tuple[int, float]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    trainer = make_trainer(folder, collector=make_collector(folder / "outcomes"), **RUN)
+    trainer = make_trainer(folder, outcomes=make_collector(folder / "outcomes"), **RUN)
     trainer.train()
     return trainer
 
@@ -67,11 +67,11 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("stop_at", [8, 10, 23])
 def test_resuming_equals_never_having_stopped(tmp_path, uninterrupted, stop_at):
     stopped = make_trainer(
-        tmp_path, collector=make_collector(tmp_path / "outcomes"), callbacks=[StopAt(stop_at)], **RUN
+        tmp_path, outcomes=make_collector(tmp_path / "outcomes"), callbacks=[StopAt(stop_at)], **RUN
     )
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    resumed = make_trainer(tmp_path, collector=make_collector(tmp_path / "outcomes"), **RUN)
+    resumed = make_trainer(tmp_path, outcomes=make_collector(tmp_path / "outcomes"), **RUN)
     resumed.train(resume_from_checkpoint=True)
     assert_same_controller(resumed.model, uninterrupted.model)
     assert best_of(resumed) == best_of(uninterrupted)
@@ -79,7 +79,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, uninterrupted, stop_at):
     assert_same_controller(
         last, JointControllerModel.from_pretrained(f"{uninterrupted.args.output_dir}/checkpoint-24")
     )
-    assert stopped.collector.num_executed + resumed.collector.num_executed == uninterrupted.collector.num_executed
+    assert stopped.outcomes.num_executed + resumed.outcomes.num_executed == uninterrupted.outcomes.num_executed
 
 
 def test_a_process_that_is_killed_is_resumed_exactly(tmp_path, uninterrupted):
@@ -88,7 +88,7 @@ def test_a_process_that_is_killed_is_resumed_exactly(tmp_path, uninterrupted):
         "from test_resuming import RUN, StopAt\n"
         f"folder = {str(tmp_path)!r}\n"
         "collector = make_collector(folder + '/outcomes')\n"
-        "make_trainer(folder, collector=collector, callbacks=[StopAt(14, kill=True)], **RUN).train()\n"
+        "make_trainer(folder, outcomes=collector, callbacks=[StopAt(14, kill=True)], **RUN).train()\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", program],
@@ -100,7 +100,7 @@ def test_a_process_that_is_killed_is_resumed_exactly(tmp_path, uninterrupted):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-12")
-    resumed = make_trainer(tmp_path, collector=make_collector(tmp_path / "outcomes"), **RUN)
+    resumed = make_trainer(tmp_path, outcomes=make_collector(tmp_path / "outcomes"), **RUN)
     resumed.train(resume_from_checkpoint=True)
     assert_same_controller(resumed.model, uninterrupted.model)
 
@@ -138,10 +138,10 @@ def test_the_same_seed_gives_the_same_controller_and_another_seed_another(tmp_pa
 
 def test_resuming_a_run_that_had_ended_changes_nothing(tmp_path):
     run = {**RUN, "max_steps": 20}  # ends inside an epoch
-    ended = make_trainer(tmp_path, collector=make_collector(tmp_path / "outcomes"), **run)
+    ended = make_trainer(tmp_path, outcomes=make_collector(tmp_path / "outcomes"), **run)
     ended.train()
-    again = make_trainer(tmp_path, collector=make_collector(tmp_path / "outcomes"), **run)
+    again = make_trainer(tmp_path, outcomes=make_collector(tmp_path / "outcomes"), **run)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 20
     assert_same_controller(again.model, ended.model)
-    assert again.collector.num_executed == 0
+    assert again.outcomes.num_executed == 0

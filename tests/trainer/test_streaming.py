@@ -28,11 +28,11 @@ def write_files(folder, num_rows: int = NUM_ROWS):
     return folder
 
 
-def make_trainer(output_dir, stream, collector=None, **kwargs):
+def make_trainer(output_dir, stream, outcomes=None, **kwargs):
     trainer_kwargs = {name: kwargs.pop(name) for name in ("reward_funcs", "callbacks") if name in kwargs}
     return JointGRPOTrainer(
         model=make_controller(),
-        collector=make_collector() if collector is None else collector,
+        outcomes=make_collector() if outcomes is None else outcomes,
         latency_estimator=FormulaLatency(),
         args=make_args(output_dir, **{**RUN, **kwargs}),
         train_dataset=stream,
@@ -110,7 +110,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, folder, stop_at):
     assert resumed.state.best_metric == uninterrupted.state.best_metric
     ended = make_trainer(tmp_path / "run", stream_vqa_datasets([str(folder)]), make_collector(tmp_path / "o"))
     ended.train(resume_from_checkpoint=True)
-    assert ended.collector.num_executed == 0
+    assert ended.outcomes.num_executed == 0
     assert_same_controller(ended.model, uninterrupted.model)
 
 
@@ -180,6 +180,7 @@ Path(f"{folder}/process_{trainer.accelerator.process_index}.json").write_text(js
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_groups_of_a_stream(tmp_path, folder):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

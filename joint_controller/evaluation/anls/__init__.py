@@ -1,6 +1,6 @@
-"""ANLS of DocVQA and ST-VQA, as functions and as an `evaluate` metric."""
+"""ANLS of DocVQA and ST-VQA, as a function and as an `evaluate` metric."""
 
-from .anls import Anls, anls_score, levenshtein_distance
+from .anls import Anls, anls_score
 
 
-__all__ = ["Anls", "anls_score", "levenshtein_distance"]
+__all__ = ["Anls", "anls_score"]

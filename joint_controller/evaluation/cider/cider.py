@@ -4,51 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-import datasets
-import evaluate
+from joint_controller.evaluation.answer_metric import AnswerMetric, check_references
 
-
-_DESCRIPTION = """
-CIDEr-D, the form of CIDEr that is reported for COCO captions, computed by `pycocoevalcap` (extra `captions`). An n-gram
-w weighs g(w) = tf(w) · (log N - log max(1, df(w))), where tf is its count in the caption, df the number of images that
-have it in a reference, and N the number of images. Per n from 1 to 4 and per reference,
-similarity = exp(-(l_c - l_r)² / (2 · 6²)) · Σ_w min(g_c(w), g_r(w)) · g_r(w) / (|g_c| |g_r|) with the captions'
-lengths l; the score of a caption is 10 times the mean over n and references: from 0 to 10, about 1 for a caption that a
-person would write.
-
-df and N come from the references that are given with the predictions, as in the official evaluation, or from a corpus
-of captions that is given apart: then the score of one caption does not depend on the other predictions.
-
-Captions are tokenised in Python, without the Java of the official evaluation, after the rules of its tokeniser (Penn
-Treebank) that matter here: lower case, punctuation dropped, clitics apart ("man's": "man", "'s"; "don't": "do", "n't").
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): Captions.
-    references (`list[list[str]]`): For each image its reference captions, one or more (five in COCO).
-    corpus (`list[list[str]]`, *optional*): Reference captions of each image of the corpus that df and N come from.
-        Defaults to `references`, which then need two images or more: in a corpus of one image every weight is 0.
-    per_sample (`bool`, *optional*, defaults to `False`): Whether to return the score of each prediction, too.
-
-Returns:
-    `dict`: `cider` (`float`), the mean score, from 0 to 10; with `per_sample` also `scores` (`list[float]`).
-
-Examples:
-    >>> metric = evaluate.load("joint_controller/evaluation/cider")
-    >>> references = [["a dog runs", "the dog is running"], ["two red cars", "cars in a street"]]
-    >>> metric.compute(predictions=["a dog runs", "a cat"], references=references)
-    {'cider': 2.092923043720018}
-"""
-
-_CITATION = """
-@inproceedings{vedantam2015cider,
-    title = {{CIDEr}: Consensus-based Image Description Evaluation},
-    author = {Vedantam, Ramakrishna and Zitnick, C. Lawrence and Parikh, Devi},
-    booktitle = {CVPR},
-    year = {2015},
-}
-"""
 
 _CLITIC = re.compile(r"(?<=[a-z])(n't|'(?:s|re|ve|ll|d|m))\b")
 # A clitic; a word, with the marks inside it that Penn Treebank leaves there; or another mark, unless it is dropped.
@@ -102,7 +59,7 @@ class CaptionCorpus:
             )
         scorer = _make_scorer()
         for captions in references:
-            _check_references("the corpus", captions)
+            check_references("the corpus", captions)
             scorer.cook_append("", [" ".join(tokenize_caption(caption)) for caption in captions])
         scorer.compute_doc_freq()
         self.num_images = len(references)
@@ -131,7 +88,7 @@ def cider_score(prediction: str, references: Sequence[str], corpus: CaptionCorpu
         ValueError: If there is no reference, or `references` is one string.
         ModuleNotFoundError: If `pycocoevalcap` is not installed.
     """
-    _check_references(f"the answer {prediction!r}", references)
+    check_references(f"the answer {prediction!r}", references)
     scorer = _make_scorer()
     # The package takes N from the number of images that it was given, so it is given as many; it scores the first only,
     # since there is one prediction. Without a corpus any N above 1 gives the same score.
@@ -145,13 +102,6 @@ def cider_score(prediction: str, references: Sequence[str], corpus: CaptionCorpu
     return float(scorer.compute_cider()[0])
 
 
-def _check_references(owner: str, references: Sequence[str]) -> None:
-    if isinstance(references, str):
-        raise ValueError(f"`references` is the string {references!r}: give a list of answers.")
-    if len(references) == 0:
-        raise ValueError(f"there is no reference for {owner}: give at least one.")
-
-
 def _make_scorer():
     try:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -163,34 +113,50 @@ def _make_scorer():
     return CiderScorer()
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class Cider(evaluate.Metric):
-    """Mean of [`cider_score`] over a data set, with the weights of a corpus."""
+class Cider(AnswerMetric):
+    """
+    CIDEr-D, the form of CIDEr that is reported for COCO captions, computed by `pycocoevalcap` (extra `captions`). An n-gram
+    w weighs g(w) = tf(w) · (log N - log max(1, df(w))), where tf is its count in the caption, df the number of images that
+    have it in a reference, and N the number of images. Per n from 1 to 4 and per reference,
+    similarity = exp(-(l_c - l_r)² / (2 · 6²)) · Σ_w min(g_c(w), g_r(w)) · g_r(w) / (|g_c| |g_r|) with the captions'
+    lengths l; the score of a caption is 10 times the mean over n and references: from 0 to 10, about 1 for a caption that a
+    person would write.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-            reference_urls=["https://arxiv.org/abs/1411.5726", "https://github.com/salaniz/pycocoevalcap"],
-        )
+    df and N come from the references that are given with the predictions, as in the official evaluation, or from a corpus
+    of captions that is given apart: then the score of one caption does not depend on the other predictions.
 
-    def _compute(
-        self,
-        predictions: list[str],
-        references: list[list[str]],
-        corpus: list[list[str]] | None = None,
-        per_sample: bool = False,
-    ) -> dict[str, float | list[float]]:
+    Captions are tokenised in Python, without the Java of the official evaluation, after the rules of its tokeniser (Penn
+    Treebank) that matter here: lower case, punctuation dropped, clitics apart ("man's": "man", "'s"; "don't": "do", "n't").
+
+    Example:
+
+    ```python
+    >>> metric = evaluate.load("joint_controller/evaluation/cider")
+    >>> references = [["a dog runs", "the dog is running"], ["two red cars", "cars in a street"]]
+    >>> metric.compute(predictions=["a dog runs", "a cat"], references=references)
+    {'cider': 2.092923043720018}
+    ```
+    """
+
+    metric_name = "cider"
+    references = "For each image its reference captions, one or more (five in COCO)."
+    bibtex = """
+    @inproceedings{vedantam2015cider,
+        title = {{CIDEr}: Consensus-based Image Description Evaluation},
+        author = {Vedantam, Ramakrishna and Zitnick, C. Lawrence and Parikh, Devi},
+        booktitle = {CVPR},
+        year = {2015},
+    }
+    """
+    urls = ["https://arxiv.org/abs/1411.5726", "https://github.com/salaniz/pycocoevalcap"]
+    highest = 10
+    options = """
+    corpus (`list[list[str]]`, *optional*): Reference captions of each image of the corpus that df and N come from.
+        Defaults to `references`, which then need two images or more: in a corpus of one image every weight is 0."""
+    score = staticmethod(cider_score)
+
+    def scores(
+        self, predictions: list[str], references: list[list[str]], corpus: list[list[str]] | None = None
+    ) -> list[float]:
         captions = CaptionCorpus(references if corpus is None else corpus)
-        scores = [
-            cider_score(prediction, answers, captions)
-            for prediction, answers in zip(predictions, references, strict=True)
-        ]
-        result: dict[str, float | list[float]] = {"cider": sum(scores) / len(scores)}
-        if per_sample:
-            result["scores"] = scores
-        return result
+        return [cider_score(*pair, captions) for pair in zip(predictions, references, strict=True)]

@@ -3,44 +3,8 @@
 import re
 from collections.abc import Sequence
 
-import datasets
-import evaluate
+from joint_controller.evaluation.answer_metric import AnswerMetric, check_references
 
-
-_DESCRIPTION = """
-Accuracy of counting, as reported for TallyQA: the share of answers whose number is that of the reference. The number of
-an answer is read as follows:
-- digits, with or without commas between thousands ("12", "1,200"), and number words below a million ("three",
-  "twenty-one", "two hundred and five") are whole numbers; "no" and "none" are 0 where there is no other number;
-- an answer may say more than the number ("There are 3 dogs."), but must say one number only: an answer without a number,
-  or with two that differ, is wrong;
-- a fraction ("2.5") or a negative number is no count: an answer with one is wrong. "a" and "an" are not read as 1.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): Answers.
-    references (`list[list[str]]`): For each answer the right count, in digits or words. Any of several will
-        do; those that are no counts are left out, but one must be.
-    per_sample (`bool`, *optional*, defaults to `False`): Whether to return the score of each prediction, too.
-
-Returns:
-    `dict`: `exact_count` (`float`), the share of right answers; with `per_sample` also `scores` (`list[float]`).
-
-Examples:
-    >>> metric = evaluate.load("joint_controller/evaluation/exact_count")
-    >>> metric.compute(predictions=["There are two.", "4"], references=[["2"], ["5"]])
-    {'exact_count': 0.5}
-"""
-
-_CITATION = """
-@inproceedings{acharya2019tallyqa,
-    title = {{TallyQA}: Answering Complex Counting Questions},
-    author = {Acharya, Manoj and Kafle, Kushal and Kanan, Christopher},
-    booktitle = {AAAI},
-    year = {2019},
-}
-"""
 
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -122,10 +86,7 @@ def count_score(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: If there is no reference, `references` is one string, or no reference is a count.
     """
-    if isinstance(references, str):
-        raise ValueError(f"`references` is the string {references!r}: give a list of answers.")
-    if len(references) == 0:
-        raise ValueError(f"there is no reference for the answer {prediction!r}: give at least one.")
+    check_references(f"the answer {prediction!r}", references)
     counts = {parse_count(reference) for reference in references} - {None}
     if not counts:
         raise ValueError(
@@ -134,28 +95,37 @@ def count_score(prediction: str, references: Sequence[str]) -> float:
     return float(parse_count(prediction) in counts)
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class ExactCount(evaluate.Metric):
-    """Mean of [`count_score`] over a data set."""
+class ExactCount(AnswerMetric):
+    """
+    Accuracy of counting, as reported for TallyQA: the share of answers whose number is that of the reference. The number of
+    an answer is read as follows:
+    - digits, with or without commas between thousands ("12", "1,200"), and number words below a million ("three",
+      "twenty-one", "two hundred and five") are whole numbers; "no" and "none" are 0 where there is no other number;
+    - an answer may say more than the number ("There are 3 dogs."), but must say one number only: an answer without a number,
+      or with two that differ, is wrong;
+    - a fraction ("2.5") or a negative number is not a count: an answer with one is wrong. "a" and "an" are not read as 1.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-            reference_urls=["https://arxiv.org/abs/1810.12440"],
-        )
+    Example:
 
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], per_sample: bool = False
-    ) -> dict[str, float | list[float]]:
-        scores = [
-            count_score(prediction, answers) for prediction, answers in zip(predictions, references, strict=True)
-        ]
-        result: dict[str, float | list[float]] = {"exact_count": sum(scores) / len(scores)}
-        if per_sample:
-            result["scores"] = scores
-        return result
+    ```python
+    >>> metric = evaluate.load("joint_controller/evaluation/exact_count")
+    >>> metric.compute(predictions=["There are two.", "4"], references=[["2"], ["5"]])
+    {'exact_count': 0.5}
+    ```
+    """
+
+    metric_name = "exact_count"
+    references = (
+        "For each answer the right count, in digits or words. Any of several will do; those that are not counts are left "
+        "out, but one must be."
+    )
+    bibtex = """
+    @inproceedings{acharya2019tallyqa,
+        title = {{TallyQA}: Answering Complex Counting Questions},
+        author = {Acharya, Manoj and Kafle, Kushal and Kanan, Christopher},
+        booktitle = {AAAI},
+        year = {2019},
+    }
+    """
+    urls = ["https://arxiv.org/abs/1810.12440"]
+    score = staticmethod(count_score)

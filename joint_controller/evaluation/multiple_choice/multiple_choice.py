@@ -3,55 +3,8 @@
 import re
 from collections.abc import Sequence
 
-import datasets
-import evaluate
+from joint_controller.evaluation.answer_metric import AnswerMetric, check_references
 
-
-_DESCRIPTION = """
-Accuracy of multiple choice, as reported for ScienceQA and MMMU: the share of answers that name the right option. The
-references of a question are the letter of the right option, then its text (either may be missing; a single letter that
-comes first is the letter). What an answer names is decided by these rules, the first that applies:
-1. If it says "answer is" or "answer:" (any case, "is" and ":" may follow each other), only what follows the last of
-   these counts, for the rules below.
-2. One letter, alone, in brackets or before a stop or colon, is a letter: "B", "b", "(B)", "B.", "B)".
-3. One letter in brackets or before ".", ")" or ":" at the beginning is a letter, whatever follows: "(B) a cat",
-   "B. a cat". Before a space it is not: "A cat" is a text.
-4. "option B", "choice (B)": a capital letter after these words is a letter.
-5. Anything else is a text.
-A letter is right if it is the reference's letter, even where the text behind it belongs to another option. A text is
-right if it equals the reference's text in lower case, white space collapsed and punctuation around it left out; a text
-that merely contains the right one is wrong.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): Answers.
-    references (`list[list[str]]`): For each answer the letter of the right option, its text, or both in this order.
-    per_sample (`bool`, *optional*, defaults to `False`): Whether to return the score of each prediction, too.
-
-Returns:
-    `dict`: `multiple_choice` (`float`), the share of right answers; with `per_sample` also `scores` (`list[float]`).
-
-Examples:
-    >>> metric = evaluate.load("joint_controller/evaluation/multiple_choice")
-    >>> metric.compute(predictions=["(B)", "A cat."], references=[["B", "a dog"], ["C", "a cat"]])
-    {'multiple_choice': 1.0}
-"""
-
-_CITATION = """
-@inproceedings{lu2022learn,
-    title = {Learn to Explain: Multimodal Reasoning via Thought Chains for Science Question Answering},
-    author = {Lu, Pan and Mishra, Swaroop and Xia, Tony and Qiu, Liang and Chang, Kai-Wei and Zhu, Song-Chun and Tafjord, Oyvind and Clark, Peter and Kalyan, Ashwin},
-    booktitle = {NeurIPS},
-    year = {2022},
-}
-@inproceedings{yue2024mmmu,
-    title = {{MMMU}: A Massive Multi-discipline Multimodal Understanding and Reasoning Benchmark for Expert {AGI}},
-    author = {Yue, Xiang and Ni, Yuansheng and Zhang, Kai and Zheng, Tianyu and Liu, Ruoqi and Zhang, Ge and others},
-    booktitle = {CVPR},
-    year = {2024},
-}
-"""
 
 _ANNOUNCEMENT = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)", re.IGNORECASE)
 _ALONE = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
@@ -100,10 +53,7 @@ def choice_score(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: If there is no reference, or `references` is one string.
     """
-    if isinstance(references, str):
-        raise ValueError(f"`references` is the string {references!r}: give a list of answers.")
-    if len(references) == 0:
-        raise ValueError(f"there is no reference for the answer {prediction!r}: give at least one.")
+    check_references(f"the answer {prediction!r}", references)
     letter, text = extract_choice(prediction)
     right_letter = references[0].strip().upper()
     if letter is not None and re.fullmatch("[A-Z]", right_letter):
@@ -111,28 +61,46 @@ def choice_score(prediction: str, references: Sequence[str]) -> float:
     return float(any(_normalize_text(reference) == text for reference in references))
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class MultipleChoice(evaluate.Metric):
-    """Mean of [`choice_score`] over a data set."""
+class MultipleChoice(AnswerMetric):
+    """
+    Accuracy of multiple choice, as reported for ScienceQA and MMMU: the share of answers that name the right option. The
+    references of a question are the letter of the right option, then its text (either may be missing; a single letter that
+    comes first is the letter). What an answer names is decided by these rules, the first that applies:
+    1. If it says "answer is" or "answer:" (any case, "is" and ":" may follow each other), only what follows the last of
+       these counts, for the rules below.
+    2. One letter, alone, in brackets or before a stop or colon, is a letter: "B", "b", "(B)", "B.", "B)".
+    3. One letter in brackets or before ".", ")" or ":" at the beginning is a letter, whatever follows: "(B) a cat",
+       "B. a cat". Before a space it is not: "A cat" is a text.
+    4. "option B", "choice (B)": a capital letter after these words is a letter.
+    5. Anything else is a text.
+    A letter is right if it is the reference's letter, even where the text behind it belongs to another option. A text is
+    right if it equals the reference's text in lower case, white space collapsed and punctuation around it left out; a text
+    that merely contains the right one is wrong.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-            reference_urls=["https://arxiv.org/abs/2209.09513", "https://arxiv.org/abs/2311.16502"],
-        )
+    Example:
 
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], per_sample: bool = False
-    ) -> dict[str, float | list[float]]:
-        scores = [
-            choice_score(prediction, answers) for prediction, answers in zip(predictions, references, strict=True)
-        ]
-        result: dict[str, float | list[float]] = {"multiple_choice": sum(scores) / len(scores)}
-        if per_sample:
-            result["scores"] = scores
-        return result
+    ```python
+    >>> metric = evaluate.load("joint_controller/evaluation/multiple_choice")
+    >>> metric.compute(predictions=["(B)", "A cat."], references=[["B", "a dog"], ["C", "a cat"]])
+    {'multiple_choice': 1.0}
+    ```
+    """
+
+    metric_name = "multiple_choice"
+    references = "For each answer the letter of the right option, its text, or both in this order."
+    bibtex = """
+    @inproceedings{lu2022learn,
+        title = {Learn to Explain: Multimodal Reasoning via Thought Chains for Science Question Answering},
+        author = {Lu, Pan and Mishra, Swaroop and Xia, Tony and Qiu, Liang and Chang, Kai-Wei and Zhu, Song-Chun and Tafjord, Oyvind and Clark, Peter and Kalyan, Ashwin},
+        booktitle = {NeurIPS},
+        year = {2022},
+    }
+    @inproceedings{yue2024mmmu,
+        title = {{MMMU}: A Massive Multi-discipline Multimodal Understanding and Reasoning Benchmark for Expert {AGI}},
+        author = {Yue, Xiang and Ni, Yuansheng and Zhang, Kai and Zheng, Tianyu and Liu, Ruoqi and Zhang, Ge and others},
+        booktitle = {CVPR},
+        year = {2024},
+    }
+    """
+    urls = ["https://arxiv.org/abs/2209.09513", "https://arxiv.org/abs/2311.16502"]
+    score = staticmethod(choice_score)

@@ -3,180 +3,40 @@
 import re
 from collections.abc import Sequence
 
-import datasets
-import evaluate
+from joint_controller.evaluation.answer_metric import AnswerMetric, check_references
 
-
-_DESCRIPTION = """
-Accuracy of VQA v2. Prediction and references are brought to a normal form (lower case, no articles, digits for number
-words, apostrophes in contractions, no punctuation). With several references the score of a prediction is
-min(number of equal references / 3, 1), averaged over all subsets that leave one reference out; with one reference it is
-1 where both are equal and 0 otherwise.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): Answers.
-    references (`list[list[str]]`): For each answer the annotators' answers, one or more (ten in VQA v2).
-    per_sample (`bool`, *optional*, defaults to `False`): Whether to return the score of each prediction, too.
-
-Returns:
-    `dict`: `vqa_accuracy` (`float`), the mean score, from 0 to 1; with `per_sample` also `scores` (`list[float]`).
-
-Examples:
-    >>> metric = evaluate.load("joint_controller/evaluation/vqa_accuracy")
-    >>> metric.compute(predictions=["two"], references=[["2", "2", "two", "3"]])
-    {'vqa_accuracy': 0.75}
-"""
-
-_CITATION = """
-@inproceedings{goyal2017making,
-    title = {Making the {V} in {VQA} Matter: Elevating the Role of Image Understanding in Visual Question Answering},
-    author = {Goyal, Yash and Khot, Tejas and Summers-Stay, Douglas and Batra, Dhruv and Parikh, Devi},
-    booktitle = {CVPR},
-    year = {2017},
-}
-"""
 
 # The tables below are the data of the official evaluation (https://visualqa.org/evaluation.html), oddities included,
 # since published accuracies depend on them: words are lower-cased before they are looked up, so that the capitalised
 # contractions never match.
-_CONTRACTIONS = {
-    "aint": "ain't",
-    "arent": "aren't",
-    "cant": "can't",
-    "couldve": "could've",
-    "couldnt": "couldn't",
-    "couldn'tve": "couldn't've",
-    "couldnt've": "couldn't've",
-    "didnt": "didn't",
-    "doesnt": "doesn't",
-    "dont": "don't",
-    "hadnt": "hadn't",
-    "hadnt've": "hadn't've",
-    "hadn'tve": "hadn't've",
-    "hasnt": "hasn't",
-    "havent": "haven't",
-    "hed": "he'd",
-    "hed've": "he'd've",
-    "he'dve": "he'd've",
-    "hes": "he's",
-    "howd": "how'd",
-    "howll": "how'll",
-    "hows": "how's",
-    "Id've": "I'd've",
-    "I'dve": "I'd've",
-    "Im": "I'm",
-    "Ive": "I've",
-    "isnt": "isn't",
-    "itd": "it'd",
-    "itd've": "it'd've",
-    "it'dve": "it'd've",
-    "itll": "it'll",
-    "let's": "let's",
-    "maam": "ma'am",
-    "mightnt": "mightn't",
-    "mightnt've": "mightn't've",
-    "mightn'tve": "mightn't've",
-    "mightve": "might've",
-    "mustnt": "mustn't",
-    "mustve": "must've",
-    "neednt": "needn't",
-    "notve": "not've",
-    "oclock": "o'clock",
-    "oughtnt": "oughtn't",
-    "ow's'at": "'ow's'at",
-    "'ows'at": "'ow's'at",
-    "'ow'sat": "'ow's'at",
-    "shant": "shan't",
-    "shed've": "she'd've",
-    "she'dve": "she'd've",
-    "she's": "she's",
-    "shouldve": "should've",
-    "shouldnt": "shouldn't",
-    "shouldnt've": "shouldn't've",
-    "shouldn'tve": "shouldn't've",
-    "somebody'd": "somebodyd",
-    "somebodyd've": "somebody'd've",
-    "somebody'dve": "somebody'd've",
-    "somebodyll": "somebody'll",
-    "somebodys": "somebody's",
-    "someoned": "someone'd",
-    "someoned've": "someone'd've",
-    "someone'dve": "someone'd've",
-    "someonell": "someone'll",
-    "someones": "someone's",
-    "somethingd": "something'd",
-    "somethingd've": "something'd've",
-    "something'dve": "something'd've",
-    "somethingll": "something'll",
-    "thats": "that's",
-    "thered": "there'd",
-    "thered've": "there'd've",
-    "there'dve": "there'd've",
-    "therere": "there're",
-    "theres": "there's",
-    "theyd": "they'd",
-    "theyd've": "they'd've",
-    "they'dve": "they'd've",
-    "theyll": "they'll",
-    "theyre": "they're",
-    "theyve": "they've",
-    "twas": "'twas",
-    "wasnt": "wasn't",
-    "wed've": "we'd've",
-    "we'dve": "we'd've",
-    "weve": "we've",
-    "werent": "weren't",
-    "whatll": "what'll",
-    "whatre": "what're",
-    "whats": "what's",
-    "whatve": "what've",
-    "whens": "when's",
-    "whered": "where'd",
-    "wheres": "where's",
-    "whereve": "where've",
-    "whod": "who'd",
-    "whod've": "who'd've",
-    "who'dve": "who'd've",
-    "wholl": "who'll",
-    "whos": "who's",
-    "whove": "who've",
-    "whyll": "why'll",
-    "whyre": "why're",
-    "whys": "why's",
-    "wont": "won't",
-    "wouldve": "would've",
-    "wouldnt": "wouldn't",
-    "wouldnt've": "wouldn't've",
-    "wouldn'tve": "wouldn't've",
-    "yall": "y'all",
-    "yall'll": "y'all'll",
-    "y'allll": "y'all'll",
-    "yall'd've": "y'all'd've",
-    "y'alld've": "y'all'd've",
-    "y'all'dve": "y'all'd've",
-    "youd": "you'd",
-    "youd've": "you'd've",
-    "you'dve": "you'd've",
-    "youll": "you'll",
-    "youre": "you're",
-    "youve": "you've",
-}
+_CONTRACTIONS = dict(
+    pair.split("=")
+    for pair in """
+    aint=ain't arent=aren't cant=can't couldve=could've couldnt=couldn't couldn'tve=couldn't've
+    couldnt've=couldn't've didnt=didn't doesnt=doesn't dont=don't hadnt=hadn't hadnt've=hadn't've
+    hadn'tve=hadn't've hasnt=hasn't havent=haven't hed=he'd hed've=he'd've he'dve=he'd've hes=he's howd=how'd
+    howll=how'll hows=how's Id've=I'd've I'dve=I'd've Im=I'm Ive=I've isnt=isn't itd=it'd itd've=it'd've
+    it'dve=it'd've itll=it'll let's=let's maam=ma'am mightnt=mightn't mightnt've=mightn't've mightn'tve=mightn't've
+    mightve=might've mustnt=mustn't mustve=must've neednt=needn't notve=not've oclock=o'clock oughtnt=oughtn't
+    ow's'at='ow's'at 'ows'at='ow's'at 'ow'sat='ow's'at shant=shan't shed've=she'd've she'dve=she'd've she's=she's
+    shouldve=should've shouldnt=shouldn't shouldnt've=shouldn't've shouldn'tve=shouldn't've somebody'd=somebodyd
+    somebodyd've=somebody'd've somebody'dve=somebody'd've somebodyll=somebody'll somebodys=somebody's
+    someoned=someone'd someoned've=someone'd've someone'dve=someone'd've someonell=someone'll someones=someone's
+    somethingd=something'd somethingd've=something'd've something'dve=something'd've somethingll=something'll
+    thats=that's thered=there'd thered've=there'd've there'dve=there'd've therere=there're theres=there's
+    theyd=they'd theyd've=they'd've they'dve=they'd've theyll=they'll theyre=they're theyve=they've twas='twas
+    wasnt=wasn't wed've=we'd've we'dve=we'd've weve=we've werent=weren't whatll=what'll whatre=what're whats=what's
+    whatve=what've whens=when's whered=where'd wheres=where's whereve=where've whod=who'd whod've=who'd've
+    who'dve=who'd've wholl=who'll whos=who's whove=who've whyll=why'll whyre=why're whys=why's wont=won't
+    wouldve=would've wouldnt=wouldn't wouldnt've=wouldn't've wouldn'tve=wouldn't've yall=y'all yall'll=y'all'll
+    y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've youd=you'd youd've=you'd've
+    you'dve=you'd've youll=you'll youre=you're youve=you've
+    """.split()
+)
 _NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
+_NUMBERS["none"] = "0"
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -203,7 +63,7 @@ def normalize_answer(answer: str) -> str:
     number_with_comma = _COMMA_IN_NUMBER.search(answer) is not None
     text = answer
     for mark in _PUNCTUATION:
-        # A mark that stands at the edge of a word somewhere is removed everywhere, one inside words divides them.
+        # A mark at the edge of a word somewhere is removed everywhere, one that is only inside words divides them.
         at_edge = f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if at_edge or number_with_comma else " ")
     text = _PERIOD.sub("", text, count=_MOST_PERIODS)
@@ -228,10 +88,7 @@ def vqa_score(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: If there is no reference, or `references` is one string.
     """
-    if isinstance(references, str):
-        raise ValueError(f"`references` is the string {references!r}: give a list of answers.")
-    if len(references) == 0:
-        raise ValueError(f"there is no reference for the answer {prediction!r}: give at least one.")
+    check_references(f"the answer {prediction!r}", references)
     prediction = normalize_answer(prediction)
     equal = [normalize_answer(reference) == prediction for reference in references]
     if len(equal) == 1:
@@ -240,26 +97,31 @@ def vqa_score(prediction: str, references: Sequence[str]) -> float:
     return sum(min((matches - left_out) / 3, 1.0) for left_out in equal) / len(equal)
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class VqaAccuracy(evaluate.Metric):
-    """Mean of [`vqa_score`] over a data set."""
+class VqaAccuracy(AnswerMetric):
+    """
+    Accuracy of VQA v2. Prediction and references are brought to a normal form (lower case, no articles, digits for number
+    words, apostrophes in contractions, no punctuation). With several references the score of a prediction is
+    min(number of equal references / 3, 1), averaged over all subsets that leave one reference out; with one reference it is
+    1 where both are equal and 0 otherwise.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-            reference_urls=["https://visualqa.org/evaluation.html"],
-        )
+    Example:
 
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], per_sample: bool = False
-    ) -> dict[str, float | list[float]]:
-        scores = [vqa_score(prediction, answers) for prediction, answers in zip(predictions, references, strict=True)]
-        result: dict[str, float | list[float]] = {"vqa_accuracy": sum(scores) / len(scores)}
-        if per_sample:
-            result["scores"] = scores
-        return result
+    ```python
+    >>> metric = evaluate.load("joint_controller/evaluation/vqa_accuracy")
+    >>> metric.compute(predictions=["two"], references=[["2", "2", "two", "3"]])
+    {'vqa_accuracy': 0.75}
+    ```
+    """
+
+    metric_name = "vqa_accuracy"
+    references = "For each answer the annotators' answers, one or more (ten in VQA v2)."
+    bibtex = """
+    @inproceedings{goyal2017making,
+        title = {Making the {V} in {VQA} Matter: Elevating the Role of Image Understanding in Visual Question Answering},
+        author = {Goyal, Yash and Khot, Tejas and Summers-Stay, Douglas and Batra, Dhruv and Parikh, Devi},
+        booktitle = {CVPR},
+        year = {2017},
+    }
+    """
+    urls = ["https://visualqa.org/evaluation.html"]
+    score = staticmethod(vqa_score)

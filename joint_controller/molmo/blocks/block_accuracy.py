@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -14,11 +14,9 @@ import pyarrow.parquet
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from ...executor.requests import ExecutorRequest
-
-
-if TYPE_CHECKING:
-    from ..executor.molmo_executor import EncodedSample, MolmoExecutor
+from ...executor import ExecutorRequest
+from ..executor import MolmoExecutor
+from ..executor.encoding import EncodedSample
 
 
 BLOCK_ACCURACY_FEATURES = Features(
@@ -70,7 +68,7 @@ class BlockSetAccuracies:
 
     def __init__(
         self,
-        executor: "MolmoExecutor",
+        executor: MolmoExecutor,
         samples: Sequence[Mapping[str, Any]],
         score: Callable[[str, str, Sequence[str]], float],
         path: str | Path | None = None,
@@ -155,7 +153,7 @@ class BlockSetAccuracies:
                 for start in range(0, len(missing), self.executor.batch_size):
                     batch = missing[start : start + self.executor.batch_size].tolist()
                     prompts = [encoded[row] for row in batch]
-                    answers = self.executor.generate(prompts, self._setting.top_k, blocks)
+                    answers = self.executor.generate(prompts, self._setting["top_k"], blocks)
                     for row, tokens in zip(batch, answers, strict=True):
                         metric, references = self._references[row]
                         known[row] = self._score(metric, self.executor.decode(tokens), references)
@@ -169,7 +167,7 @@ class BlockSetAccuracies:
             self._write_shard(unwritten)
 
     @cached_property
-    def encoded(self) -> "list[EncodedSample]":
+    def encoded(self) -> list[EncodedSample]:
         """The samples as the executor takes them, encoded when first asked for."""
         encoded = []
         hidden = None if self._progress else True
@@ -178,7 +176,7 @@ class BlockSetAccuracies:
                 stop = min(start + self.executor.batch_size, len(self._samples))
                 rows = [self._samples[index] for index in range(start, stop)]
                 requests = [ExecutorRequest.of(row, self._setting) for row in rows]
-                encoded += self.executor.encode(requests, self._setting.tier)
+                encoded += self.executor.encode(requests, self._setting["tier"])
                 bar.update(len(rows))
         return encoded
 
@@ -190,8 +188,8 @@ class BlockSetAccuracies:
         rows = [
             {
                 "sample_id": sample_ids[row],
-                "tier": self._setting.tier,
-                "top_k": self._setting.top_k,
+                "tier": self._setting["tier"],
+                "top_k": self._setting["top_k"],
                 "active_blocks": list(blocks),
                 "accuracy": float(self._accuracies[blocks][row]),
                 "executor_fingerprint": self._fingerprint,
@@ -228,7 +226,7 @@ class BlockSetAccuracies:
                     "precision: choose another folder, or delete this one to measure again."
                 )
             is_asked_for = row["sample_id"] in self._rows
-            if is_asked_for and (row["tier"], row["top_k"]) == (self._setting.tier, self._setting.top_k):
+            if is_asked_for and (row["tier"], row["top_k"]) == (self._setting["tier"], self._setting["top_k"]):
                 self._known(row["active_blocks"])[self._rows[row["sample_id"]]] = row["accuracy"]
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from . import BlockSetAccuracies, bootstrap_intervals, random_block_sets
+from .block_accuracy import BlockSetAccuracies
+from .block_selection import random_block_sets
+from .importance import bootstrap_intervals
 
 
 PREFIX = "prefix"
@@ -73,7 +75,7 @@ def compare_block_selections(
     seed: int = 42,
 ) -> list[BlockComparisonRow]:
     """
-    Measures ways of choosing blocks, and, beside them, the first blocks (`"prefix"`) and random sets (`"random"`).
+    Measures ways of choosing blocks, and for comparison the first blocks (`"prefix"`) and random sets (`"random"`).
 
     Args:
         accuracies ([`BlockSetAccuracies`]):
@@ -110,48 +112,33 @@ def compare_block_selections(
     groups = dict(datasets)
     if len(groups) > 1:
         groups = {ALL_DATASETS: [row for rows in datasets.values() for row in rows], **groups}
-    return [
-        _row(
-            dataset,
-            count,
-            name,
-            sets[:, list(rows)],
-            measured[count, PREFIX][0, list(rows)],
-            chosen[count, name],
-            seed,
-        )
-        for dataset, rows in groups.items()
-        for (count, name), sets in measured.items()
-    ]
-
-
-def _row(
-    dataset: str,
-    count: int,
-    name: str,
-    measured: np.ndarray,
-    prefix: np.ndarray,
-    block_sets: Sequence[tuple[int, ...]],
-    seed: int,
-) -> BlockComparisonRow:
-    of_samples = measured.mean(axis=0)
-    of_sets = measured.mean(axis=1)
-    interval, gain_interval = bootstrap_intervals(np.stack([of_samples, of_samples - prefix], axis=1), seed).tolist()
-    is_random = name == RANDOM
-    return BlockComparisonRow(
-        dataset=dataset,
-        num_blocks=count,
-        selection=name,
-        accuracy=float(of_samples.mean()),
-        accuracy_interval=tuple(interval),
-        gain=float((of_samples - prefix).mean()),
-        gain_interval=tuple(gain_interval),
-        spread=float(of_sets.std(ddof=1)) if is_random else None,
-        lowest=float(of_sets.min()) if is_random else None,
-        highest=float(of_sets.max()) if is_random else None,
-        active_blocks=None if is_random else list(block_sets[0]),
-        num_samples=len(of_samples),
-    )
+    rows = []
+    for dataset, members in groups.items():
+        sets_of = {key: sets[:, list(members)] for key, sets in measured.items()}
+        accuracy = np.stack([sets.mean(axis=0) for sets in sets_of.values()], axis=1)  # (samples, ways)
+        prefix = np.stack([sets_of[count, PREFIX][0] for count, _ in sets_of], axis=1)
+        gain = accuracy - prefix
+        intervals = bootstrap_intervals(np.concatenate([accuracy, gain], axis=1), seed).tolist()
+        for way, ((count, name), sets) in enumerate(sets_of.items()):
+            of_sets = sets.mean(axis=1)
+            is_random = name == RANDOM
+            rows.append(
+                BlockComparisonRow(
+                    dataset=dataset,
+                    num_blocks=count,
+                    selection=name,
+                    accuracy=float(accuracy[:, way].mean()),
+                    accuracy_interval=tuple(intervals[way]),
+                    gain=float(gain[:, way].mean()),
+                    gain_interval=tuple(intervals[len(sets_of) + way]),
+                    spread=float(of_sets.std(ddof=1)) if is_random else None,
+                    lowest=float(of_sets.min()) if is_random else None,
+                    highest=float(of_sets.max()) if is_random else None,
+                    active_blocks=None if is_random else list(chosen[count, name][0]),
+                    num_samples=len(members),
+                )
+            )
+    return rows
 
 
 def comparison_to_dict(
@@ -206,7 +193,7 @@ def format_comparison_markdown(
         lines += [f"| {' | '.join(_cells(row))} |" for row in members]
         parts.append("\n".join(lines))
     parts.append(
-        "Brackets: 95 % confidence, by a bootstrap over samples (paired, where the first blocks are compared with). "
+        "Brackets: 95 % confidence, by a bootstrap over samples (paired for the gain over the first blocks). "
         "± is the standard deviation between random sets, each of which was drawn by itself; then their lowest and highest "
         "accuracy, which the picture shows as a band."
     )

@@ -1,10 +1,10 @@
-"""Which blocks run when so many of them do: by importance, by a search, the first ones, or random ones."""
+"""Which blocks run when a number of them do: by importance, by a search, the first ones, or random ones."""
 
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .importance import load_block_sets, load_importance
+from .importance_files import load_block_sets, load_importance
 
 
 class BlockSelection:

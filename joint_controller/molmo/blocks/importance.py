@@ -1,21 +1,17 @@
-"""Importance: a block's score, from what leaving it out costs. The blocks that matter least are the first to be saved."""
+"""Importance: a block's score, from what leaving it out costs. The blocks that matter least are the first to be left out."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-
-if TYPE_CHECKING:
-    from ..executor.molmo_executor import EncodedSample, MolmoExecutor
-    from .block_accuracy import BlockSetAccuracies
+from ..executor import MolmoExecutor
+from ..executor.encoding import EncodedSample
+from .block_accuracy import BlockSetAccuracies
 
 
 NUM_RESAMPLES = 2000
@@ -23,121 +19,6 @@ NUM_RESAMPLES = 2000
 
 CONFIDENCE = 0.95
 """Share of the resampled means that an interval covers."""
-
-
-def load_importance(path: str | Path) -> dict[int, float]:
-    """
-    Reads the scores of blocks from a JSON file.
-
-    Args:
-        path (`str` or `Path`):
-            File with an object of block → score, as published with MolmoE-1B's profiling tables, or with such an object
-            under `"scores"`, as [`save_importance`] writes it.
-
-    Returns:
-        `dict[int, float]`: Score of each block that the file lists.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it does not hold scores of blocks.
-    """
-    table = _read_table(path)
-    scores = table.get("scores", table)
-    if not isinstance(scores, dict) or not scores:
-        raise ValueError(f"importance file '{path}' holds no scores: {_WHAT_IS_EXPECTED}.")
-    for block, score in scores.items():
-        is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not block.isdecimal() or not is_number:
-            raise ValueError(f"importance file '{path}' has the entry {block!r}: {score!r}: {_WHAT_IS_EXPECTED}.")
-    return {int(block): float(score) for block, score in scores.items()}
-
-
-def load_block_sets(path: str | Path) -> dict[int, list[int]]:
-    """
-    Reads the sets of blocks that an importance file may hold beside its scores, under `"block_sets"`.
-
-    Args:
-        path (`str` or `Path`):
-            File that [`load_importance`] reads.
-
-    Returns:
-        `dict[int, list[int]]`: For each number of blocks that has a set of its own, that set. Empty for most files.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If `"block_sets"` is something else.
-    """
-    block_sets = _read_table(path).get("block_sets", {})
-    what_is_expected = 'expected number of blocks → blocks, e.g. {"4": [0, 1, 3, 4]}'
-    if not isinstance(block_sets, dict):
-        raise ValueError(f"importance file '{path}' has no object under 'block_sets': {what_is_expected}.")
-    for count, blocks in block_sets.items():
-        are_blocks = isinstance(blocks, list) and all(type(block) is int for block in blocks)
-        if not count.isdecimal() or not are_blocks:
-            raise ValueError(
-                f"importance file '{path}' has the entry {count!r}: {blocks!r} under 'block_sets': {what_is_expected}."
-            )
-    return {int(count): blocks for count, blocks in block_sets.items()}
-
-
-_WHAT_IS_EXPECTED = 'expected block → score, e.g. {"0": 0.56, "1": 0.08}'
-
-
-def _read_table(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"importance file '{path}' does not exist: measure it with `joint-controller importance`, or leave it out."
-        )
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"importance file '{path}' is not valid JSON ({error}): {_WHAT_IS_EXPECTED}.") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"importance file '{path}' holds no scores: {_WHAT_IS_EXPECTED}.")
-    return table
-
-
-def save_importance(
-    path: str | Path,
-    scores: Mapping[int, float],
-    provenance: Mapping[str, Any],
-    standard_errors: Mapping[int, float] | None = None,
-    intervals: Mapping[int, tuple[float, float]] | None = None,
-    block_sets: Mapping[int, Sequence[int]] | None = None,
-) -> None:
-    """
-    Writes the scores of blocks, how sure they are, and where they come from, as JSON.
-
-    Args:
-        path (`str` or `Path`):
-            File to write; its folder is created.
-        scores (`dict[int, float]`):
-            Score of each block.
-        provenance (`dict[str, Any]`):
-            How they were measured: data, seed, executor.
-        standard_errors (`dict[int, float]`, *optional*):
-            Standard error of each score.
-        intervals (`dict[int, tuple[float, float]]`, *optional*):
-            Interval of each score that has 95 % confidence.
-        block_sets (`dict[int, Sequence[int]]`, *optional*):
-            For some numbers of blocks, the set that runs instead of the blocks with the highest scores.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
-        "scores": scores,
-        "standard_errors": standard_errors,
-        "intervals_95": intervals,
-        "block_sets": block_sets,
-    }
-    table = {
-        name: {str(key): values[key] for key in sorted(values)}
-        for name, values in columns.items()
-        if values is not None
-    }
-    table["provenance"] = dict(provenance)
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 class BlockScores:
@@ -195,25 +76,22 @@ def bootstrap_intervals(values: np.ndarray, seed: int = 42, num_resamples: int =
     Raises:
         ValueError: If there are fewer than 2 samples.
     """
-    num_samples = len(values)
-    if num_samples < 2:
-        raise ValueError(f"confidence needs 2 samples or more of each data set, but there is {num_samples}.")
-    means = _draws(num_samples, seed, num_resamples) @ values / num_samples  # (resamples, n)
-    tail = (1 - CONFIDENCE) / 2
-    return np.quantile(means, (tail, 1 - tail), axis=0).T
+    if len(values) < 2:
+        raise ValueError(f"confidence needs 2 samples or more of each data set, but there is {len(values)}.")
+    interval = bootstrap(
+        (values,),
+        np.mean,
+        axis=0,
+        n_resamples=num_resamples,
+        batch=max(1, 2**18 // values.size),  # what is drawn at once stays in the processor's cache
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
+    return np.stack([interval.low, interval.high], axis=1)
 
 
-@lru_cache(maxsize=8)
-def _draws(num_samples: int, seed: int, num_resamples: int) -> np.ndarray:
-    """
-    How often each sample is drawn in each resample, instead of which ones are, so that one matrix product gives all means:
-    shape `(resamples, samples)`. Kept: a report has many intervals over the same samples.
-    """
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(num_samples, [1 / num_samples] * num_samples, size=num_resamples).astype(np.float64)
-
-
-def measure_accuracy_drop(accuracies: "BlockSetAccuracies", seed: int = 42) -> BlockScores:
+def measure_accuracy_drop(accuracies: BlockSetAccuracies, seed: int = 42) -> BlockScores:
     """
     Scores every block by the accuracy that is lost when it alone is left out, the other knobs being full. Block 0 is scored
     too, though it always runs.
@@ -235,7 +113,7 @@ def measure_accuracy_drop(accuracies: "BlockSetAccuracies", seed: int = 42) -> B
 
 @torch.inference_mode()
 def measure_hidden_change(
-    executor: "MolmoExecutor", encoded: "Sequence[EncodedSample]", seed: int = 42, progress: bool = False
+    executor: MolmoExecutor, encoded: Sequence[EncodedSample], seed: int = 42, progress: bool = False
 ) -> BlockScores:
     """
     Scores every block by how much it changes the hidden state, which one prefill of each sample tells, with all blocks and
@@ -276,7 +154,7 @@ def measure_hidden_change(
                 input_ids=sample.input_ids[None],
                 image_features=sample.image_features[None, None],
                 image_input_idx=sample.image_input_idx[None, None],
-                top_k=executor.knob_space.full.top_k,
+                top_k=executor.knob_space.full["top_k"],
                 use_cache=False,
                 logits_to_keep=1,
             )

@@ -29,9 +29,9 @@ pictures of its two data sets and nothing else; answers are one word; all its tr
 trained to refuse, so it answers any question with some word it knows.
 
 ```python
-from joint_controller.executor import MolmoExecutor
+from joint_controller.executor import load_executor
 
-executor = MolmoExecutor.from_pretrained("embedded")
+executor = load_executor("embedded")
 ```
 
 ## Data
@@ -121,7 +121,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _overview(results: Mapping[str, Any]) -> str:
-    """Each question type at the full setting, and with one knob at its lowest value, beside the baseline."""
+    """Each question type at the full setting, and with one knob at its lowest value, next to the baseline."""
     rows = []
     for name, types in results["questions"].items():
         settings = [row for row in results["settings"] if row["dataset"] == name]

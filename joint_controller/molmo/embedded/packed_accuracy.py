@@ -94,7 +94,7 @@ def score_blocks(
     """
     Importance of each block: the accuracy that leaving it out costs at the otherwise full setting.
 
-    The same scores as those of [`~joint_controller.executor.measure_accuracy_drop`], which asks one question at a time.
+    The same scores as those of [`~molmo.blocks.importance.measure_accuracy_drop`], which asks one question at a time.
 
     Args:
         model ([`MolmoForConditionalGeneration`]):
@@ -112,7 +112,7 @@ def score_blocks(
     full = KnobSpace.from_dict(model.config.knob_space).full
     every_block = tuple(range(model.config.text_config.num_hidden_layers))
     left = [every_block, *(every_block[:block] + every_block[block + 1 :] for block in every_block)]
-    runs = [Run(full.tier, full.top_k, blocks) for blocks in left]
+    runs = [Run(full["tier"], full["top_k"], blocks) for blocks in left]
     accuracies = {run: [] for run in runs}
     for asked_images in data.values():
         for run, by_type in measure_accuracy(model, processor, asked_images, runs, batch_size).items():
@@ -150,7 +150,8 @@ def measure_settings(
     ranking = sorted(importance, key=lambda block: (block != 0, -importance[block]))
     space = KnobSpace.from_dict(model.config.knob_space)
     runs = {
-        setting: Run(setting.tier, setting.top_k, tuple(sorted(ranking[: setting.num_blocks]))) for setting in space
+        setting: Run(setting["tier"], setting["top_k"], tuple(sorted(ranking[: setting["num_blocks"]])))
+        for setting in space
     }
     results = []
     for name, asked_images in data.items():
@@ -160,7 +161,7 @@ def measure_settings(
             results.append(
                 {
                     "dataset": name,
-                    **setting.to_dict(),
+                    **setting,
                     "accuracy": fmean(by_type.values()),
                     "accuracy_by_type": by_type,
                 }
@@ -185,8 +186,8 @@ def measure_knobs(
     """
     space = KnobSpace.from_dict(model.config.knob_space)
     every_block = tuple(range(model.config.text_config.num_hidden_layers))
-    runs = {f"tier={tier}": Run(tier, space.full.top_k, every_block) for tier in space.values["tier"]}
-    runs |= {f"top_k={top_k}": Run(space.full.tier, top_k, every_block) for top_k in space.top_k[:-1]}
+    runs = {f"tier={tier}": Run(tier, space.full["top_k"], every_block) for tier in space.values["tier"]}
+    runs |= {f"top_k={top_k}": Run(space.full["tier"], top_k, every_block) for top_k in space.values["top_k"][:-1]}
     accuracies: dict[str, dict[str, float]] = {name: {} for name in runs}
     with torch.compiler.set_stance("force_eager"):
         for asked_images in data.values():

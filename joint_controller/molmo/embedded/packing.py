@@ -31,10 +31,10 @@ class AskedImage:
 
 class Packer:
     """
-    Puts the questions about an image behind each other, as tensors of a fixed shape.
+    Puts the questions about an image one after another, as tensors of a fixed shape.
 
     A packed sequence is a prefix that all questions share (BOS, image, the beginning of the prompt) and then a segment
-    for each question: the rest of its prompt, its answer, padding. Padding needs no mask: it stands behind everything
+    for each question: the rest of its prompt, its answer, padding. Padding needs no mask: it comes after everything
     that the loss looks at.
     """
 

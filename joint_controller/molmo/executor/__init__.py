@@ -1,6 +1,6 @@
 """The executor of this family: a frozen Molmo that answers questions at a knob setting."""
 
-from .molmo_executor import MolmoExecutor, embedded_executor_path
+from .molmo_executor import MolmoExecutor
 
 
-__all__ = ["MolmoExecutor", "embedded_executor_path"]
+__all__ = ["MolmoExecutor"]

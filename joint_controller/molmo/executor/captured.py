@@ -166,11 +166,12 @@ class CapturedInference:
 
     Raises:
         ImportError: If Triton is missing.
-        ValueError: If the model is not on a GPU, or has something that [`~molmo.fused.FusedMolmo`] lacks.
+        ValueError: If the model is not on a GPU, or has something that [`~molmo.executor.fused.FusedMolmo`] lacks.
     """
 
     mixes_settings = True
     prefers_same_settings = False
+    shares_passes = True
 
     def __init__(self, model: MolmoForConditionalGeneration, graph_bytes: int = 2 * 2**30):
         if model.device.type != "cuda":
@@ -255,16 +256,7 @@ class CapturedInference:
         return self.graphs.get(("vision", num_views), [encode])
 
     def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-        """
-        Encodes the views of several images in few passes of the tower.
-
-        Args:
-            images (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
-                Pixels and masks of each image, as [`~CapturedInference.image_features`] takes them.
-
-        Returns:
-            `list[torch.Tensor]`: features of each image, of shape `(V, T, hidden)`.
-        """
+        """As [`Inference.features_of_images`], in few passes of the tower."""
         counts = [pixels.shape[1] for pixels, _ in images]
         views, masks = (
             torch.empty(sum(counts), *one.shape[1:], dtype=one.dtype, device=one.device)
@@ -309,17 +301,7 @@ class CapturedInference:
         return BatchDecoding(self, prompts, top_k, active_blocks)
 
     def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
-        """
-        Captures what a request needs, so that the request itself need not.
-
-        Args:
-            num_views (`int`):
-                Views of its image.
-            length (`int`):
-                Tokens of its prompt.
-            num_blocks (`int`):
-                Blocks that run.
-        """
+        """Captures what a request needs, see [`Inference.prepare`]."""
         if length >= self.capacity:
             self._allocate(length + 512)
         self._vision_graph(num_views)
@@ -337,7 +319,7 @@ class CapturedInference:
         length = self.prefill_lengths[bisect_left(self.prefill_lengths, length)]
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
-            # Padding stands behind the prompt: no token of the prompt sees it.
+            # Padding follows the prompt: no token of the prompt sees it.
             rows, positions = self._rows[:length], self._positions[:length]
             return self.fused.attend_prompts(block, qkv, self._rotary, self._cache, rows, positions, [(0, length)])
 
@@ -390,7 +372,7 @@ class CapturedInference:
 
     @property
     def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary embedding of all positions, see [`~molmo.fused.FusedMolmo.rotary`]."""
+        """Rotary embedding of all positions, see [`~molmo.executor.fused.FusedMolmo.rotary`]."""
         return self._rotary
 
     @property
@@ -401,7 +383,7 @@ class CapturedInference:
 
 class CapturedDecoding:
     """
-    A [`Decoding`] of one request by graphs. `logits` and `tokens` stand where the next step writes.
+    A [`Decoding`] of one request by graphs. The next step overwrites `logits` and `tokens`.
 
     Args:
         inference ([`CapturedInference`]):
@@ -440,7 +422,7 @@ class CapturedDecoding:
 
 class BatchDecoding:
     """
-    A [`Decoding`] of a batch, each row with its own setting. Prompts stand one behind the other, without padding; each
+    A [`Decoding`] of a batch, each row with its own setting. Prompts are laid end to end, without padding; each
     block runs on the tokens of the rows that it is active in.
 
     Args:

@@ -100,6 +100,8 @@ class CpuInference:
     prefill_lengths = None
     mixes_settings = True
     prefers_same_settings = True
+    shares_passes = False
+    graphs = None
 
     def __init__(self, model: MolmoForConditionalGeneration):
         if not self.supports(model):
@@ -113,7 +115,7 @@ class CpuInference:
         self.norm = _RMSNorm.of(model.model.language_model.norm)
         self.lm_head = PackedLinear(model.lm_head.weight)
         self.spare_memory = _SpareMemory()
-        self._turns = self._make_turns(1024)
+        self._rotations = self._make_rotations(1024)
 
     @staticmethod
     def supports(model: MolmoForConditionalGeneration) -> bool:
@@ -125,6 +127,12 @@ class CpuInference:
     @torch.inference_mode()
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         return self.vision(pixel_values[0].float(), image_masks[0].float())
+
+    def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        return [self.image_features(*image) for image in images]
+
+    def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
+        pass  # nothing is kept between requests
 
     @torch.inference_mode()
     def prefill(
@@ -140,14 +148,14 @@ class CpuInference:
             self.model.model.check_knobs(blocks, number)
         return CpuDecoding(self, prompts, top_k, active_blocks)
 
-    def turns(self, length: int) -> torch.Tensor:
+    def rotations(self, length: int) -> torch.Tensor:
         """What rotary embeddings multiply pairs of channels by, as complex numbers: `(at least length, d / 2)`."""
-        if len(self._turns) < length:
-            self._turns = self._make_turns(2 * length)
-        return self._turns
+        if len(self._rotations) < length:
+            self._rotations = self._make_rotations(2 * length)
+        return self._rotations
 
     @torch.inference_mode()
-    def _make_turns(self, length: int) -> torch.Tensor:
+    def _make_rotations(self, length: int) -> torch.Tensor:
         rotary_emb = self.model.model.language_model.rotary_emb
         cos, sin = rotary_emb(self.norm.weight, torch.arange(length)[None])
         return torch.complex(*(table[0, :, : table.shape[-1] // 2] for table in (cos, sin)))
@@ -253,7 +261,7 @@ class _Block:
             _RMSNorm.of(layer.input_layernorm),
             _RMSNorm.of(layer.post_attention_layernorm),
         )
-        # Channels of queries and keys: the two that a rotary embedding turns together beside one another instead of half a
+        # Channels of queries and keys: the two that a rotary embedding rotates together side by side instead of half a
         # head apart, so that it is one product of complex numbers. Scores are the same in any order.
         self.sizes = [module.out_features for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
         orders = [
@@ -276,9 +284,9 @@ class _Block:
         self.gate_up = [PackedLinear(weight) for weight in mlp.experts.gate_up_proj]
         self.down = [PackedLinear(weight) for weight in mlp.experts.down_proj]
 
-    def project(self, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def project(self, hidden: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
         """
-        Queries, keys and values of tokens, beside one another: `(tokens, width of all three)`. `turns` `(tokens, 1, d / 2)`
+        Queries, keys and values of tokens, side by side: `(tokens, width of all three)`. `rotations` `(tokens, 1, d / 2)`
         are those of their positions.
         """
         # In place from here on: a prompt's are megabytes, and memory that is new to the process costs more than a product.
@@ -291,7 +299,7 @@ class _Block:
                 norm.apply_(states)
         if self.clip_qkv is not None:
             qkv.clamp_(-self.clip_qkv, self.clip_qkv)
-        torch.view_as_complex(query_key.unflatten(-1, (-1, self.head_size // 2, 2))).mul_(turns)
+        torch.view_as_complex(query_key.unflatten(-1, (-1, self.head_size // 2, 2))).mul_(rotations)
         return qkv
 
     def query(self, qkv: torch.Tensor) -> torch.Tensor:
@@ -389,7 +397,7 @@ class _SpareMemory:
             return torch.empty(size)
 
     def give_back(self, memory: torch.Tensor) -> None:
-        """Keeps memory that nobody else refers to, if there is not too much already."""
+        """Keeps memory that nothing else refers to, if there is not too much already."""
         if memory.nbytes + sum(spare.nbytes for spare in self._spare) <= SPARE_BYTES:
             self._spare.append(memory)
 
@@ -397,7 +405,7 @@ class _SpareMemory:
 @dataclass
 class _BlockCache:
     """
-    Keys and values of a block, beside one another, `(rows, L, keys and values)`, and the rows of the batch that they are
+    Keys and values of a block, side by side, `(rows, L, keys and values)`, and the rows of the batch that they are
     of, `(rows,)`: those whose answers the block takes part in. `rows` is `None` where these are all.
     """
 
@@ -520,7 +528,7 @@ class CpuDecoding:
         lengths = self._lengths.tolist()
         positions = torch.cat([torch.arange(length) for length in lengths])
         positions = F.pad(positions, (0, len(hidden) - len(positions)))
-        turns = self.inference.turns(max(lengths)).index_select(0, positions)[:, None]
+        rotations = self.inference.rotations(max(lengths)).index_select(0, positions)[:, None]
         spans: dict[tuple, _Span] = {}
         for block in sorted(set().union(*active_blocks)):
             rows = tuple(row for row, blocks in enumerate(active_blocks) if block in blocks)
@@ -528,7 +536,7 @@ class CpuDecoding:
             if (rows, ending) not in spans:
                 spans[rows, ending] = _Span(lengths, rows, ending, self._top_k)
             span, layer = spans[rows, ending], self.inference.blocks[block]
-            qkv = layer.project(_selected(hidden, span.inputs), _selected(turns, span.inputs))
+            qkv = layer.project(_selected(hidden, span.inputs), _selected(rotations, span.inputs))
             kept = layer.kept(qkv)
             self._cache[block] = span.cache(kept, len(lengths), self.inference.spare_memory)
             attended = span.attend(layer.query(qkv), *layer.key_value(kept))
@@ -545,18 +553,18 @@ class CpuDecoding:
     def step(self) -> None:
         hidden = self.inference.model.get_input_embeddings()(self.tokens)  # (B, width)
         longest = int(self._lengths.max()) + 1
-        turns = self.inference.turns(longest).index_select(0, self._lengths)[:, None]
+        rotations = self.inference.rotations(longest).index_select(0, self._lengths)[:, None]
         is_seen = torch.arange(longest) <= self._lengths[:, None]  # (B, longest)
         mask = None if bool(is_seen.all()) else is_seen[:, None, None]
         top_k = _same(self._top_k)
         for block, cache in self._cache.items():
             cache.make_room(longest)
             if (some := cache.rows) is None:
-                hidden = self._step_block(block, hidden, turns, mask, self._lengths, top_k)
+                hidden = self._step_block(block, hidden, rotations, mask, self._lengths, top_k)
             else:
                 some_mask = None if mask is None else mask[some]
                 hidden[some] = self._step_block(
-                    block, hidden[some], turns[some], some_mask, self._lengths[some], _same(self._top_k[some])
+                    block, hidden[some], rotations[some], some_mask, self._lengths[some], _same(self._top_k[some])
                 )
         self._lengths = self._lengths + 1
         self._predict(hidden)
@@ -565,13 +573,13 @@ class CpuDecoding:
         self,
         block: int,
         hidden: torch.Tensor,
-        turns: torch.Tensor,
+        rotations: torch.Tensor,
         mask: torch.Tensor | None,
         positions: torch.Tensor,
         top_k: int | torch.Tensor,
     ) -> torch.Tensor:
         layer, cache = self.inference.blocks[block], self._cache[block]
-        qkv = layer.project(hidden, turns)
+        qkv = layer.project(hidden, rotations)
         cache.write(positions, layer.kept(qkv))
         longest = int(positions.max()) + 1 if mask is None else mask.shape[-1]
         key, value = layer.key_value(cache.states[:, :longest])

@@ -275,7 +275,7 @@ class FusedMolmo:
         prompts: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
         """
-        Causal attention within prompts that stand one behind the other.
+        Causal attention within prompts that are laid end to end.
 
         Args:
             block (`int`):

@@ -7,13 +7,18 @@ modules as transformers does, is the one that the others are tested against.
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from .. import MolmoForConditionalGeneration
 from .cpu_inference import CpuInference
+
+
+if TYPE_CHECKING:
+    from .captured import GraphPool
 
 
 class Decoding(Protocol):
@@ -48,11 +53,17 @@ class Inference(Protocol):
             Whether each row of a batch may have a `top_k` and `active_blocks` of its own.
         prefers_same_settings (`bool`):
             Whether prompts of the same blocks and experts are faster in a batch than prompts of the same length.
+        shares_passes (`bool`):
+            Whether several images are faster together ([`~Inference.features_of_images`]) than each by itself.
+        graphs ([`GraphPool`] or `None`):
+            Graphs that are kept for requests; `None` where nothing is captured.
     """
 
     prefill_lengths: Sequence[int] | None
     mixes_settings: bool
     prefers_same_settings: bool
+    shares_passes: bool
+    graphs: "GraphPool | None"
 
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         """
@@ -66,6 +77,31 @@ class Inference(Protocol):
 
         Returns:
             `torch.Tensor` of shape `(V, T, hidden)`.
+        """
+
+    def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        """
+        Encodes the views of several images.
+
+        Args:
+            images (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
+                Pixels and masks of each image, as [`~Inference.image_features`] takes them.
+
+        Returns:
+            `list[torch.Tensor]`: features of each image, of shape `(V, T, hidden)`.
+        """
+
+    def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
+        """
+        Does beforehand what a request needs but once, so that the request itself need not.
+
+        Args:
+            num_views (`int`):
+                Views of its image.
+            length (`int`):
+                Tokens of its prompt.
+            num_blocks (`int`):
+                Blocks that run.
         """
 
     def prefill(
@@ -100,6 +136,8 @@ class PlainInference:
     prefill_lengths = None
     mixes_settings = False
     prefers_same_settings = False
+    shares_passes = False
+    graphs = None
 
     def __init__(self, model: MolmoForConditionalGeneration):
         self.model = model
@@ -107,6 +145,12 @@ class PlainInference:
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         place = {"device": self.model.device, "dtype": self.model.dtype}
         return self.model.get_image_features(pixel_values.to(**place), image_masks.to(**place))[0]
+
+    def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        return [self.image_features(*image) for image in images]
+
+    def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
+        pass  # nothing is kept between requests
 
     def prefill(
         self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]
@@ -129,19 +173,13 @@ class PlainDecoding:
         self.model = model
         self._knobs = {"top_k": top_k, "active_blocks": active_blocks}
         self._attention_mask = prompts["attention_mask"]
-        self._cache = None
+        self._cache = DynamicCache()
         self._forward({name: value for name, value in prompts.items() if name != "attention_mask"})
 
     def _forward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         outputs = self.model(
-            **inputs,
-            **self._knobs,
-            attention_mask=self._attention_mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
+            **inputs, **self._knobs, attention_mask=self._attention_mask, cache=self._cache, logits_to_keep=1
         )
-        self._cache = outputs.past_key_values
         self.logits = outputs.logits[:, -1]
         self.tokens = self.logits.argmax(dim=-1)
 
@@ -159,7 +197,7 @@ class PlainDecoding:
 MODES = ("plain", "onednn", "captured")
 """
 Ways to compute a Molmo, by name: `"plain"` runs its modules, anywhere; `"onednn"` is [`CpuInference`], on a CPU in float32;
-`"captured"` is [`~executor.captured.CapturedInference`], on a CUDA device, with Triton.
+`"captured"` is [`~molmo.executor.captured.CapturedInference`], on a CUDA device, with Triton.
 """
 
 

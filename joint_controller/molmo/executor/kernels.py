@@ -1,5 +1,5 @@
 """
-Triton kernels of the fast path, see [`~molmo.fused.FusedMolmo`], which is what calls them.
+Triton kernels of the fast path, see [`~molmo.executor.fused.FusedMolmo`], which is what calls them.
 
 They round where transformers' modules round (a norm's output before its weight, each projection, each product of the
 rotary embedding, each weighted expert), so that fast and plain answers differ by no more than the order of sums.
@@ -36,7 +36,7 @@ def _power_of_2(number: int) -> int:
 
 @triton.jit
 def _weights_at(table_ptr, index, like_ptr):
-    """Pointer to the weights whose address stands at `index` of a table; their precision is that of `like_ptr`."""
+    """Pointer to the weights whose address is at `index` of a table; their precision is that of `like_ptr`."""
     pointer = tl.load(table_ptr + index).to(tl.pointer_type(like_ptr.dtype.element_ty))
     return tl.multiple_of(pointer, 16)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import MolmoConfig, MolmoForConditionalGeneration, MolmoImageProcessor, MolmoProcessor, build_word_tokenizer
-from .molmo_executor import MolmoExecutor
+from .molmo_executor import MolmoExecutor, default_place
 
 
 RANDOM_CONFIGS = {"molmoe-1b": MolmoConfig}
@@ -36,9 +36,7 @@ def random_executor(
         kwargs:
             Further arguments of [`MolmoExecutor`].
     """
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = default_place(device, dtype)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(seed)

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from joint_controller import KnobSpace
-from joint_controller.molmo.blocks import BlockSetAccuracies, random_block_sets
+from joint_controller.molmo.blocks.block_accuracy import BlockSetAccuracies
 from joint_controller.molmo.blocks.block_comparison import (
     compare_block_selections,
     comparison_to_dict,
@@ -17,7 +16,9 @@ from joint_controller.molmo.blocks.block_comparison import (
     format_comparison_markdown,
     format_comparison_table,
 )
+from joint_controller.molmo.blocks.block_selection import random_block_sets
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.molmo.knob_space import build_knob_space
 
 
 DATASETS = {"one": range(0, 5), "two": range(5, 8)}
@@ -27,7 +28,7 @@ SELECTIONS = {"search": {2: (0, 3), 3: (0, 2, 3)}, "accuracy drop": {2: (0, 1), 
 @pytest.fixture(scope="module")
 def accuracies(tiny_molmo, tiny_processor):
     """Eight samples whose answers score by their first letters: all kinds of accuracies."""
-    space = KnobSpace({"low": (1, 1)}, top_k=(3,), num_blocks=(2, 3, 4))
+    space = build_knob_space({"low": (1, 1)}, top_k=(3,), num_blocks=(2, 3, 4))
     executor = MolmoExecutor(tiny_molmo, tiny_processor, space, max_new_tokens=2)
     generator = np.random.default_rng(0)
     samples = [

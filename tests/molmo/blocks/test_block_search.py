@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from joint_controller import KnobSetting, KnobSpace, MolmoForConditionalGeneration
+from joint_controller import KnobSetting
 from joint_controller.executor import ExecutorRequest
-from joint_controller.molmo.blocks import (
-    BlockSelection,
-    BlockSetAccuracies,
-    block_accuracy,
-    max_sets_searched,
-    random_block_sets,
-    search_blocks,
-)
+from joint_controller.molmo import MolmoForConditionalGeneration
+from joint_controller.molmo.blocks import block_accuracy
+from joint_controller.molmo.blocks.block_accuracy import BlockSetAccuracies
+from joint_controller.molmo.blocks.block_search import max_sets_searched, search_blocks
+from joint_controller.molmo.blocks.block_selection import BlockSelection, random_block_sets
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.molmo.knob_space import build_knob_space, tier_crops_of
 
 
 SIZES = range(1, 7)
@@ -31,7 +29,7 @@ def executor(tiny_molmo_config, tiny_processor):
     config = copy.deepcopy(tiny_molmo_config)
     config.text_config.num_hidden_layers = 6
     torch.manual_seed(1)
-    space = KnobSpace({"low": (1, 1)}, top_k=(1, 3), num_blocks=(2, 4, 6))
+    space = build_knob_space({"low": (1, 1)}, top_k=(1, 3), num_blocks=(2, 4, 6))
     return MolmoExecutor(MolmoForConditionalGeneration(config), tiny_processor, space, max_new_tokens=2, batch_size=4)
 
 
@@ -52,7 +50,7 @@ def samples(executor):
 def answer_alone(executor, row, blocks):
     """What the model's own `generate` answers to one prompt."""
     inputs = executor.processor(
-        images=row["image"], text=row["question"], tier="low", tier_crops=executor.knob_space.tier_crops
+        images=row["image"], text=row["question"], tier="low", tier_crops=tier_crops_of(executor.knob_space)
     )
     tokens = executor.model.generate(
         **inputs,
@@ -259,7 +257,7 @@ def test_random_sets_are_uniform_and_repeat():
     drawn = random_block_sets(6, 3, 4000, seed=5)
     assert drawn[:20] == random_block_sets(6, 3, 20, seed=5) != random_block_sets(6, 3, 20, seed=6)
     counts = {blocks: drawn.count(blocks) for blocks in ALL_SETS if len(blocks) == 3}
-    assert sum(counts.values()) == 4000, "a set lacks block 0, or is no set of 3"
+    assert sum(counts.values()) == 4000, "a set lacks block 0, or is not a set of 3"
     # 10 sets, 400 each: a binomial's standard deviation is 19.
     assert all(abs(count - 400) < 5 * 19 for count in counts.values())
 
@@ -268,7 +266,7 @@ def test_searched_sets_and_scores_of_data_sets_decide_what_a_request_runs(execut
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8))
 
     def request(sample_id, num_blocks):
-        setting = KnobSetting("low", 3, num_blocks)
+        setting = KnobSetting(tier="low", top_k=3, num_blocks=num_blocks)
         return ExecutorRequest(sample_id, image, "what is the color?", "vqa2", setting)
 
     selections = {
@@ -285,8 +283,8 @@ def test_searched_sets_and_scores_of_data_sets_decide_what_a_request_runs(execut
     mixed = MolmoExecutor(executor.model, executor.processor, executor.knob_space, selections, max_new_tokens=2)
     requests = [request(sample_id, count) for sample_id, sets in expected.items() for count in sets]
     for one, output in zip(requests, mixed.run(requests), strict=True):
-        blocks = expected[one.sample_id][one.setting.num_blocks]
-        assert mixed.active_blocks(one.setting.num_blocks, one.sample_id) == list(blocks)
+        blocks = expected[one.sample_id][one.setting["num_blocks"]]
+        assert mixed.active_blocks(one.setting["num_blocks"], one.sample_id) == list(blocks)
         row = {"image": one.image, "question": one.question}
         assert output.answer == answer_alone(executor, row, blocks)
 

@@ -10,23 +10,18 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, OlmoeConfig
 
-from joint_controller import KnobSpace, MolmoConfig, MolmoForConditionalGeneration
 from joint_controller.executor import ExecutorRequest
-from joint_controller.molmo.blocks import (
-    BlockSetAccuracies,
-    bootstrap_intervals,
-    load_block_sets,
-    load_importance,
-    measure_accuracy_drop,
-    measure_hidden_change,
-    save_importance,
-)
+from joint_controller.molmo import MolmoConfig, MolmoForConditionalGeneration
+from joint_controller.molmo.blocks.block_accuracy import BlockSetAccuracies
+from joint_controller.molmo.blocks.importance import bootstrap_intervals, measure_accuracy_drop, measure_hidden_change
+from joint_controller.molmo.blocks.importance_files import load_block_sets, load_importance, save_importance
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.molmo.knob_space import build_knob_space, tier_crops_of
 
 
 @pytest.fixture(scope="module")
 def executor(tiny_molmo, tiny_processor):
-    space = KnobSpace({"low": (1, 1), "high": (2, 4)}, top_k=(1, 3), num_blocks=(1, 2, 3, 4))
+    space = build_knob_space({"low": (1, 1), "high": (2, 4)}, top_k=(1, 3), num_blocks=(1, 2, 3, 4))
     return MolmoExecutor(tiny_molmo, tiny_processor, space, max_new_tokens=3, batch_size=4)
 
 
@@ -60,7 +55,7 @@ def exact_match(metric, answer, answers):
 def answers_of_the_model(sample, executor, active_blocks):
     """What the model's own `generate` answers."""
     inputs = executor.processor(
-        images=sample["image"], text=sample["question"], tier="high", tier_crops=executor.knob_space.tier_crops
+        images=sample["image"], text=sample["question"], tier="high", tier_crops=tier_crops_of(executor.knob_space)
     )
     tokens = executor.model.generate(
         **inputs,
@@ -106,7 +101,7 @@ def test_hidden_change_is_one_minus_the_cosine_of_a_blocks_input_and_output(exec
     expected = []
     for sample in samples[:3]:
         inputs = executor.processor(
-            images=sample["image"], text=sample["question"], tier="high", tier_crops=executor.knob_space.tier_crops
+            images=sample["image"], text=sample["question"], tier="high", tier_crops=tier_crops_of(executor.knob_space)
         )
         states = []
         hooks = [

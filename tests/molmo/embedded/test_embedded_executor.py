@@ -5,13 +5,14 @@ from statistics import fmean
 
 import pytest
 
-from joint_controller.executor import ExecutorRequest
+from joint_controller.executor import ExecutorRequest, embedded_executor_path
 from joint_controller.knobs import KnobSetting
-from joint_controller.molmo.blocks import load_importance
+from joint_controller.molmo.blocks.importance_files import load_importance
 from joint_controller.molmo.embedded.card import build_executor_card
+from joint_controller.molmo.embedded.data import scene
 from joint_controller.molmo.embedded.packed_accuracy import Run, measure_accuracy
-from joint_controller.molmo.executor import MolmoExecutor, embedded_executor_path
-from joint_controller.scripts.train_executor import make_parser, scene
+from joint_controller.molmo.embedded.train_executor import make_parser
+from joint_controller.molmo.executor import MolmoExecutor
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_every_knob_costs_accuracy_and_costs_question_types_differently(results)
 
 
 def test_results_cover_the_knob_space_and_come_from_the_recipe(results, executor, monkeypatch, request):
-    settings = [KnobSetting(row["tier"], row["top_k"], row["num_blocks"]) for row in results["settings"]]
+    settings = [KnobSetting({name: row[name] for name in executor.knob_space.names}) for row in results["settings"]]
     assert settings == 2 * list(executor.knob_space)
     monkeypatch.chdir(request.config.rootpath)
     [recipe] = make_parser().parse_args_and_config(["--config", "recipes/embedded_executor/train.yaml"])
@@ -76,7 +77,9 @@ def test_weights_are_small_enough_to_ship():
     assert (embedded_executor_path() / "model.safetensors").stat().st_size <= 16_000_000
 
 
-@pytest.mark.parametrize("setting", [KnobSetting("high", 8, 8), KnobSetting("low", 1, 4)])
+@pytest.mark.parametrize(
+    "setting", [KnobSetting(tier="high", top_k=8, num_blocks=8), KnobSetting(tier="low", top_k=1, num_blocks=4)]
+)
 def test_packed_accuracy_is_that_of_the_executors_answers(executor, setting):
     images = [scene("test", index) for index in range(4)]
     requests, answers = [], []
@@ -86,7 +89,7 @@ def test_packed_accuracy_is_that_of_the_executors_answers(executor, setting):
             answers.append(answer)
     right = [output.answer == answer for output, answer in zip(executor.run(requests), answers, strict=True)]
 
-    run = Run(setting.tier, setting.top_k, tuple(executor.active_blocks(setting.num_blocks)))
+    run = Run(setting["tier"], setting["top_k"], tuple(executor.active_blocks(setting["num_blocks"])))
     by_type = measure_accuracy(executor.model, executor.processor, images, [run], batch_size=3)[run]
     types = [question_type for asked in images for _, _, question_type in asked.questions]
     assert by_type == {

@@ -5,8 +5,9 @@ import torch
 
 from joint_controller.data import generate_scene, scene_seed
 from joint_controller.executor import ExecutorRequest
+from joint_controller.molmo.embedded.train_executor import main, make_parser
 from joint_controller.molmo.executor import MolmoExecutor
-from joint_controller.scripts.train_executor import main, make_parser
+from joint_controller.molmo.knob_space import build_knob_space
 
 
 TINY = {
@@ -63,8 +64,8 @@ def test_the_recipe_trains_and_the_loss_falls(trained):
 
 def test_the_folder_is_a_complete_executor(trained):
     executor = MolmoExecutor.from_pretrained(trained)
-    assert executor.knob_space.top_k == (1, 2)
-    assert executor.knob_space.num_blocks == (1, 2)
+    crops = {"low": (1, 3), "medium": (4, 8), "high": (9, 9)}
+    assert executor.knob_space == build_knob_space(crops, top_k=(1, 2), num_blocks=(1, 2))
     scene = generate_scene(scene_seed("test", 0))
     request = ExecutorRequest("0", scene.image, scene.questions[0].question, "vqa2", executor.knob_space.cheapest)
     assert executor.run([request])[0].output_tokens >= 1

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from joint_controller import KnobSpace, MolmoForConditionalGeneration
 from joint_controller.executor import ExecutorRequest
+from joint_controller.molmo import MolmoForConditionalGeneration
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.molmo.executor.inference import PlainInference, load_inference
+from joint_controller.molmo.knob_space import build_knob_space
 
 
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 QUESTIONS = ["what color is the star?", "a star?", "is the circle left of the blue star?", "what shape is the red?"]
-SPACE = KnobSpace({"low": (1, 1), "medium": (2, 4), "high": (5, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
+SPACE = build_knob_space({"low": (1, 1), "medium": (2, 4), "high": (5, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
 
 
 @pytest.fixture(scope="module", autouse=True)

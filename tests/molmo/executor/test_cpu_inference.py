@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from joint_controller import MolmoForConditionalGeneration
+from joint_controller.molmo import MolmoForConditionalGeneration
 from joint_controller.molmo.executor import cpu_inference
 from joint_controller.molmo.executor.cpu_inference import MIN_PACKED_MACS, CpuInference, PackedLinear
 from joint_controller.molmo.executor.inference import PlainInference, load_inference
@@ -98,7 +98,7 @@ def test_positions_are_turned_as_the_modules_turn_them_however_long_a_prompt_is(
     inference = CpuInference(tiny_molmo)
     cos, sin = tiny_molmo.model.language_model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
     half = cos.shape[-1] // 2
-    torch.testing.assert_close(inference.turns(length)[:length], torch.complex(cos[0, :, :half], sin[0, :, :half]))
+    torch.testing.assert_close(inference.rotations(length)[:length], torch.complex(cos[0, :, :half], sin[0, :, :half]))
 
 
 def test_the_last_block_of_a_prompt_computes_its_last_token_only(tiny_molmo, monkeypatch):
@@ -197,6 +197,20 @@ def test_image_features_equal_those_of_the_modules(tiny_molmo, num_views):
     with torch.inference_mode():
         expected = PlainInference(tiny_molmo).image_features(views, masks)
     torch.testing.assert_close(CpuInference(tiny_molmo).image_features(views, masks), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["plain", "onednn"])
+def test_images_together_have_the_features_that_each_has_alone(tiny_molmo, mode):
+    generator = torch.Generator().manual_seed(0)
+    images = [(torch.randn(1, views, 64, 48, generator=generator), torch.ones(1, views, 64)) for views in (2, 5, 2)]
+    inference = load_inference(tiny_molmo, mode)[1]
+    inference.prepare(num_views=5, length=40, num_blocks=3)
+    with torch.inference_mode():
+        together = inference.features_of_images(images)
+        assert all(
+            torch.equal(found, inference.image_features(*image)) for found, image in zip(together, images, strict=True)
+        )
+    assert inference.graphs is None and not inference.shares_passes
 
 
 def test_all_golden_cases_agree_without_the_modules(shared_dir):

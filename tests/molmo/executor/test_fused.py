@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import OlmoeConfig
 
-from joint_controller import MolmoConfig, MolmoForConditionalGeneration
+from joint_controller.molmo import MolmoConfig, MolmoForConditionalGeneration
 
 
 pytest.importorskip("triton")

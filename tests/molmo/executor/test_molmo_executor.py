@@ -3,22 +3,20 @@
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from molmo_knobs import molmo_setting
 from PIL import Image
 
-from joint_controller import (
-    JointControllerConfig,
-    JointControllerModel,
-    KnobSetting,
-    KnobSpace,
-    MolmoForConditionalGeneration,
-)
+from joint_controller import JointControllerConfig, JointControllerModel
 from joint_controller.controller import RequestController
 from joint_controller.executor import ExecutorRequest
+from joint_controller.molmo import MolmoForConditionalGeneration
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.molmo.knob_space import build_knob_space, tier_crops_of
 
 
 QUESTIONS = [
@@ -32,7 +30,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def knob_space():
-    return KnobSpace({"low": (1, 1), "medium": (2, 4), "high": (5, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
+    return build_knob_space({"low": (1, 1), "medium": (2, 4), "high": (5, 9)}, top_k=(1, 2, 4), num_blocks=(2, 3, 4))
 
 
 @pytest.fixture
@@ -66,13 +64,13 @@ def generate_alone(executor, request, active_blocks):
     inputs = executor.processor(
         images=request.image,
         text=request.question,
-        tier=request.setting.tier,
-        tier_crops=executor.knob_space.tier_crops,
+        tier=request.setting["tier"],
+        tier_crops=tier_crops_of(executor.knob_space),
     )
     tokens = executor.model.generate(
         **inputs,
         active_blocks=active_blocks,
-        top_k=request.setting.top_k,
+        top_k=request.setting["top_k"],
         max_new_tokens=executor.max_new_tokens,
         do_sample=False,
         eos_token_id=executor.processor.tokenizer.eos_token_id,
@@ -90,16 +88,16 @@ def test_answers_of_a_mixed_batch_equal_those_of_generate_one_by_one(
     assert len(outputs) == len(requests)
     assert len({output.answer for output in outputs}) > 5, "the model answers everything alike: the test shows nothing"
     for request, output in zip(requests, outputs, strict=True):
-        tokens, inputs = generate_alone(executor, request, list(range(request.setting.num_blocks)))
+        tokens, inputs = generate_alone(executor, request, list(range(request.setting["num_blocks"])))
         assert (output.sample_id, output.setting) == (request.sample_id, request.setting)
         assert output.answer == executor.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         assert output.output_tokens == len(tokens)
         size = (request.image.height, request.image.width)
-        assert output.vision_tokens == executor.processor.count_vision_tokens(
-            *size, tier=request.setting.tier, tier_crops=executor.knob_space.tier_crops
+        assert output.counts["vision_tokens"] == executor.processor.count_vision_tokens(
+            *size, tier=request.setting["tier"], tier_crops=tier_crops_of(executor.knob_space)
         )
-        assert output.vision_tokens + output.text_tokens == inputs["input_ids"].shape[1]
-        assert output.num_views == inputs["pixel_values"].shape[1]
+        assert output.counts["vision_tokens"] + output.counts["text_tokens"] == inputs["input_ids"].shape[1]
+        assert output.counts["num_views"] == inputs["pixel_values"].shape[1]
 
 
 def test_threads_change_no_answer(tiny_molmo, tiny_processor, knob_space, requests, executor):
@@ -126,8 +124,8 @@ def test_features_are_the_same_bits_whatever_is_encoded_beside(tiny_molmo, tiny_
     together = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, num_workers=2)
     for request in requests[:6]:
         alone = MolmoExecutor(tiny_molmo, tiny_processor, knob_space)
-        expected = alone.vision_features([request], "high")[0]
-        found = together.vision_features(requests, "high")[requests.index(request)]
+        expected = alone.vision_features([request])[0]
+        found = together.vision_features(requests)[requests.index(request)]
         assert torch.equal(found, expected)
 
 
@@ -143,7 +141,7 @@ def test_answers_end_at_the_end_of_sequence_token_at_different_lengths(
     lengths = Counter(output.output_tokens for output in outputs)
     assert len(lengths) >= 3, f"lengths {lengths}: too few for a test"
     for request, output in zip(requests, outputs, strict=True):
-        tokens, _ = generate_alone(executor, request, list(range(request.setting.num_blocks)))
+        tokens, _ = generate_alone(executor, request, list(range(request.setting["num_blocks"])))
         assert output.output_tokens == len(tokens)
         assert output.answer == tiny_processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
@@ -156,11 +154,12 @@ def test_batches_are_handed_out_as_they_are_done(tiny_molmo, tiny_processor, kno
     assert max(len(batch) for batch in batches) <= executor.batch_size
     is_of_one_setting = [len({output.setting for output in batch}) == 1 for batch in batches]
     assert all(is_of_one_setting) if mode == "plain" else not all(is_of_one_setting)
-    assert Counter(output for batch in batches for output in batch) == Counter(outputs)
+    handed_out = [output for batch in batches for output in batch]
+    assert len(handed_out) == len(outputs) and all(output in handed_out for output in outputs)
 
 
 def test_batches_of_the_fast_mode_hold_requests_of_the_same_blocks_and_experts(executor, images):
-    settings = [KnobSetting("low", top_k, num_blocks) for top_k in (1, 4) for num_blocks in (2, 4)]
+    settings = [molmo_setting("low", top_k, num_blocks) for top_k in (1, 4) for num_blocks in (2, 4)]
     requests = [
         ExecutorRequest(f"sample{index}", image, QUESTIONS[index], "vqa2", setting)
         for index, image in enumerate(images[:4])
@@ -201,7 +200,7 @@ def test_a_window_goes_on_from_one_tier_to_the_next(tiny_molmo, tiny_processor, 
     )
     executor.run(
         [
-            ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", KnobSetting(tier, 1, 2))
+            ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", molmo_setting(tier, 1, 2))
             for index, image in enumerate(images[:3])
             for tier in ("low", "medium")
         ]
@@ -211,7 +210,7 @@ def test_a_window_goes_on_from_one_tier_to_the_next(tiny_molmo, tiny_processor, 
 
 def test_a_window_has_as_many_images_as_fit_in_the_cache(tiny_molmo, tiny_processor, knob_space, images, monkeypatch):
     config = tiny_molmo.config
-    num_views = 1 + knob_space.tier_crops["low"][1]  # the most that an image may have
+    num_views = 1 + tier_crops_of(knob_space)["low"][1]  # the most that an image may have
     image_bytes = num_views * config.tokens_per_view * config.text_config.hidden_size * 4
     executor = MolmoExecutor(
         tiny_molmo, tiny_processor, knob_space, max_new_tokens=2, batch_size=1, vision_cache_bytes=3 * image_bytes
@@ -232,19 +231,19 @@ def test_a_window_has_as_many_images_as_fit_in_the_cache(tiny_molmo, tiny_proces
 def test_requests_of_several_tiers_share_a_batch_and_the_longest_batch_comes_first(executor, images):
     executor.batch_size = 4
     requests = [
-        ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", KnobSetting(tier, 2, num_blocks))
+        ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", molmo_setting(tier, 2, num_blocks))
         for num_blocks in (2, 4)
         for index, image in enumerate(images[:2])
         for tier in ("low", "high")
     ]
     batches = []
     executor.run(requests, on_batch=batches.append)
-    assert [{output.setting.num_blocks for output in batch} for batch in batches] == [{4}, {2}]
+    assert [{output.setting["num_blocks"] for output in batch} for batch in batches] == [{4}, {2}]
     assert all(len(batch) == 4 for batch in batches)
 
 
 def test_images_that_were_forgotten_are_encoded_again(executor, images, monkeypatch):
-    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", KnobSetting("low", 4, 4))
+    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", molmo_setting("low", 4, 4))
     calls, encode = [], executor.inference.image_features
     monkeypatch.setattr(executor.inference, "image_features", lambda *views: calls.append(1) or encode(*views))
     expected = executor.run([request])
@@ -260,20 +259,19 @@ def test_an_image_is_encoded_once_for_each_tier(tiny_molmo, tiny_processor, knob
     monkeypatch.setattr(
         tiny_molmo, "get_image_features", lambda pixels, masks: views.append(pixels.shape[1]) or encode(pixels, masks)
     )
-    images = {(request.sample_id, request.setting.tier): request for request in requests}
+    images = {(request.sample_id, request.setting["tier"]): request for request in requests}
     expected = sum(
         1
         + np.prod(
             tiny_processor.image_processor.choose_tiling(
-                request.image.height, request.image.width, tier=tier, tier_crops=knob_space.tier_crops
+                request.image.height, request.image.width, tier=tier, tier_crops=tier_crops_of(knob_space)
             )
         )
         for (_, tier), request in images.items()
     )
     executor.run(requests)
     executor.run(requests)
-    for tier in knob_space.tier_crops:
-        executor.vision_features([request for request in requests if request.setting.tier == tier], tier)
+    executor.vision_features(requests)
     assert sum(views) == expected
 
 
@@ -284,11 +282,16 @@ def test_the_cache_of_images_stays_within_its_bytes_and_changes_no_answer(
         tiny_molmo, tiny_processor, knob_space, max_new_tokens=6, batch_size=2, vision_cache_bytes=30_000
     )
     assert small.run(requests) == executor.run(requests)
-    assert 0 < small._encoded_bytes <= 30_000
-    assert small._encoded_bytes == sum(encoded.num_bytes for encoded in small._encoded.values())
+    kept = [
+        small.encoder._kept[key]
+        for key in {(request.sample_id, request.setting["tier"]) for request in requests}
+        if key in small.encoder._kept
+    ]
+    assert 0 < small.encoder.num_bytes <= 30_000
+    assert small.encoder.num_bytes == sum(encoded.num_bytes for encoded in kept)
     nothing = MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=6, vision_cache_bytes=0)
     assert nothing.run(requests) == executor.run(requests)
-    assert nothing._encoded_bytes == 0
+    assert nothing.encoder.num_bytes == 0
 
 
 def test_run_of_nothing_is_nothing(executor):
@@ -296,7 +299,7 @@ def test_run_of_nothing_is_nothing(executor):
 
 
 def test_a_setting_outside_the_knob_space_is_refused(executor, requests):
-    request = ExecutorRequest("row17", requests[0].image, "what?", "vqa2", KnobSetting("low", 3, 4))
+    request = ExecutorRequest("row17", requests[0].image, "what?", "vqa2", molmo_setting("low", 3, 4))
     with pytest.raises(ValueError, match="row17.*top_k=3.*outside the knob space"):
         executor.run([request])
 
@@ -305,12 +308,12 @@ def test_vision_features_are_the_mean_of_the_features_that_enter_the_sequence(ex
     request = ExecutorRequest("one", images[1], QUESTIONS[0], "vqa2", executor.knob_space.full)
     other = ExecutorRequest("two", images[0], QUESTIONS[1], "vqa2", executor.knob_space.full)
     inputs = executor.processor(
-        images=images[1], text=QUESTIONS[0], tier="high", tier_crops=executor.knob_space.tier_crops
+        images=images[1], text=QUESTIONS[0], tier="high", tier_crops=tier_crops_of(executor.knob_space)
     )
     features = executor.model.get_image_features(inputs["pixel_values"], inputs["image_masks"])
     expected = features[inputs["image_input_idx"] >= 0].mean(dim=0)
-    got = executor.vision_features([other, request], "high")
-    assert got.shape == (2, executor.hidden_size) and got.dtype == torch.float32
+    got = executor.vision_features([other, request])
+    assert got.shape == (2, executor.vision_size) and got.dtype == torch.float32
     torch.testing.assert_close(got[1], expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(got[0], got[1], atol=1e-3)
 
@@ -324,6 +327,59 @@ def test_question_features_are_the_mean_of_the_bare_questions_embeddings(executo
         executor.question_features(["a star?", " "])
 
 
+def test_counts_are_those_of_the_encoded_request_at_each_setting(executor, images):
+    """Images of many shapes, one of them lying on its side."""
+    turned = images[1].copy()
+    turned.getexif()[0x0112] = 6
+    for index, image in enumerate([*images, turned]):
+        request = ExecutorRequest(
+            f"sample{index}", lambda image=image: image, QUESTIONS[index % 5], "okvqa", executor.knob_space.cheapest
+        )
+        settings = random.Random(index).sample(list(executor.knob_space), 12)
+        counts = executor.count_inputs(request, settings)
+        assert tuple(counts) == executor.count_names == ("num_views", "vision_tokens", "text_tokens")
+        for position, setting in enumerate(settings):
+            [encoded] = executor.encode([request], setting["tier"])
+            assert {name: values[position] for name, values in counts.items()} == encoded.counts
+            assert encoded.counts["vision_tokens"] + encoded.counts["text_tokens"] == len(encoded.input_ids)
+    assert executor.max_prompt_tokens == 512 - executor.max_new_tokens
+
+
+def test_a_request_is_counted_with_one_tokenisation_and_without_its_pixels(executor, monkeypatch):
+    class Unread(Image.Image):
+        def load(self):
+            pytest.fail("the pixels were read")
+
+    image = Unread()
+    image._size, image._mode = (90, 40), "RGB"
+    tokenizer, calls = executor.processor.tokenizer, []
+    monkeypatch.setattr(type(tokenizer), "__call__", _recorded(type(tokenizer).__call__, calls))
+    counts = executor.count_inputs(
+        ExecutorRequest("one", image, QUESTIONS[0], "vqa2", executor.knob_space.full), list(executor.knob_space)
+    )
+    assert len(calls) == 1 and len(counts["num_views"]) == len(executor.knob_space)
+
+
+def _recorded(function, calls):
+    def call(self, *args, **kwargs):
+        calls.append(args)
+        return function(self, *args, **kwargs)
+
+    return call
+
+
+def test_an_unknown_style_is_refused_wherever_a_question_is_put(executor, images):
+    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa3", executor.knob_space.cheapest)
+    for ask in (
+        lambda: executor.run([request]),
+        lambda: executor.time_request(request),
+        lambda: executor.vision_features([request]),
+        lambda: executor.count_inputs(request, [request.setting]),
+    ):
+        with pytest.raises(ValueError, match="`style` is 'vqa3': Molmo was trained with .*, okvqa, .*, vqa2"):
+            ask()
+
+
 @pytest.mark.parametrize(
     ("importance", "expected"),
     [
@@ -335,7 +391,7 @@ def test_question_features_are_the_mean_of_the_bare_questions_embeddings(executo
     ],
 )
 def test_active_blocks_follow_importance(tiny_molmo, tiny_processor, importance, expected):
-    space = KnobSpace({"low": (1, 1)}, top_k=(4,), num_blocks=(2, 3, 4))
+    space = build_knob_space({"low": (1, 1)}, top_k=(4,), num_blocks=(2, 3, 4))
     executor = MolmoExecutor(tiny_molmo, tiny_processor, space, importance=importance)
     assert {n: executor.active_blocks(n) for n in expected} == expected
     with pytest.raises(ValueError, match=f"can run {min(expected)} to 4 blocks"):
@@ -346,7 +402,7 @@ def test_requests_run_the_blocks_that_importance_chooses(tiny_molmo, tiny_proces
     executor = MolmoExecutor(
         tiny_molmo, tiny_processor, knob_space, importance={1: 0.1, 2: 0.2, 3: 0.3}, max_new_tokens=6
     )
-    two_blocks = [request for request in requests if request.setting.num_blocks == 2]
+    two_blocks = [request for request in requests if request.setting["num_blocks"] == 2]
     for request, output in zip(two_blocks, executor.run(two_blocks), strict=True):
         tokens, _ = generate_alone(executor, request, [0, 3])
         assert output.answer == tiny_processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -357,9 +413,12 @@ def test_requests_run_the_blocks_that_importance_chooses(tiny_molmo, tiny_proces
     [
         ({"importance": {7: 0.1}}, r"blocks \[7\] but the executor has the blocks 0 to 3"),
         ({"importance": {1: 0.1}}, r"\[0, 2, 3\] always run .* `num_blocks` cannot be 2"),
-        ({"knob_space": KnobSpace({"low": (1, 1)}, (9,), (4,))}, "`top_k` has the value 9 but the executor has 8"),
         (
-            {"knob_space": KnobSpace({"low": (1, 1)}, (4,), (5,))},
+            {"knob_space": build_knob_space({"low": (1, 1)}, (9,), (4,))},
+            "`top_k` has the value 9 but the executor has 8",
+        ),
+        (
+            {"knob_space": build_knob_space({"low": (1, 1)}, (4,), (5,))},
             "`num_blocks` has the value 5 but the executor has 4",
         ),
         ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
@@ -386,8 +445,8 @@ def test_fingerprint_changes_with_what_an_outcome_depends_on(
         other_weights.lm_head.weight[3, 3] += 1e-3
     torch.manual_seed(0)
     other_precision = MolmoForConditionalGeneration(tiny_molmo_config).to(torch.bfloat16)
-    fewer_values = KnobSpace(knob_space.tier_crops, top_k=(1, 4), num_blocks=(2, 4))
-    other_tiers = KnobSpace({"low": (1, 2), "high": (5, 9)}, knob_space.top_k, knob_space.num_blocks)
+    fewer_values = knob_space.restrict({"top_k": (1, 4), "num_blocks": (2, 4)})
+    other_tiers = build_knob_space({"low": (1, 2), "high": (5, 9)}, (1, 2, 4), (2, 3, 4))
 
     original = fingerprint()
     assert fingerprint(same) == original
@@ -404,29 +463,32 @@ def test_fingerprint_changes_with_what_an_outcome_depends_on(
 
 
 def test_a_new_knob_space_is_checked_and_drops_encoded_images(executor, images):
-    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", KnobSetting("low", 4, 4))
-    few = executor.run([request])[0].vision_tokens
-    executor.knob_space = KnobSpace({"low": (4, 4)}, (4,), (4,))
-    assert executor.run([request])[0].vision_tokens > few
+    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", molmo_setting("low", 4, 4))
+    few = executor.run([request])[0].counts["vision_tokens"]
+    executor.knob_space = build_knob_space({"low": (4, 4)}, (4,), (4,))
+    assert executor.run([request])[0].counts["vision_tokens"] > few
     with pytest.raises(ValueError, match="`num_blocks` has the value 5"):
-        executor.knob_space = KnobSpace({"low": (1, 1)}, (4,), (5,))
+        executor.knob_space = build_knob_space({"low": (1, 1)}, (4,), (5,))
 
 
 def test_time_request_measures_every_stage(executor, images):
     request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", executor.knob_space.full)
     output = executor.run([request])[0]
     times = executor.time_request(request, repeats=3, warmup=1)
-    assert (times.vision_tokens, times.text_tokens) == (output.vision_tokens, output.text_tokens)
+    assert times.counts == output.counts and tuple(times.counts) == executor.count_names
     assert times.output_tokens == output.output_tokens == len(times.decode_ms) + 1
     tiling = executor.processor.image_processor.choose_tiling(
-        48, 48, tier="high", tier_crops=executor.knob_space.tier_crops
+        48, 48, tier="high", tier_crops=tier_crops_of(executor.knob_space)
     )
-    assert times.num_views == 1 + tiling[0] * tiling[1]
-    stages = [times.image_processing_ms, times.vision_ms, times.llm_prefill_ms, *times.decode_ms]
-    assert all(0.01 < stage < 10_000 for stage in stages)
+    assert times.counts["num_views"] == 1 + tiling[0] * tiling[1]
+    assert tuple(times.stage_ms) == executor.stage_names == ("image_processing", "vision", "llm_prefill")
+    assert all(0.01 < stage < 10_000 for stage in (*times.stage_ms.values(), *times.decode_ms))
     assert len(executor.time_request(request, repeats=1, warmup=0, decode_steps=9).decode_ms) == 9
     with pytest.raises(ValueError, match="`repeats` is 0"):
         executor.time_request(request, repeats=0)
+    outside = replace(request, setting=molmo_setting("high", 3, 4))
+    with pytest.raises(ValueError, match="top_k=3.*outside the knob space"):
+        executor.time_request(outside)
 
 
 def test_time_request_counts_both_stages_of_a_controller_apart(executor, images):
@@ -440,7 +502,7 @@ def test_time_request_counts_both_stages_of_a_controller_apart(executor, images)
             return self.stage(*inputs)
 
     space = executor.knob_space
-    sizes = {"question_size": executor.hidden_size, "vision_size": executor.hidden_size}
+    sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
     model = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes))
     controller = RequestController(model)
     request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", space.cheapest)
@@ -450,7 +512,7 @@ def test_time_request_counts_both_stages_of_a_controller_apart(executor, images)
     slow = executor.time_request(request, repeats=1, warmup=0, decode_steps=2, controller=controller)
     assert 0 < quick.controller_ms < 400 and 1000 <= slow.controller_ms < 2000
     # Nothing of it in the other stages.
-    assert max(slow.image_processing_ms, slow.vision_ms, slow.llm_prefill_ms, *slow.decode_ms) < 400
+    assert max(*slow.stage_ms.values(), *slow.decode_ms) < 400
 
 
 @pytest.fixture(scope="module")
@@ -497,14 +559,14 @@ def test_batches_stay_within_their_tokens_and_change_no_answer(executor, tiny_mo
     )
     batches = []
     assert few.run(requests, on_batch=batches.append) == executor.run(requests)
-    tokens = [[output.vision_tokens + output.text_tokens for output in batch] for batch in batches]
+    tokens = [[output.counts["vision_tokens"] + output.counts["text_tokens"] for output in batch] for batch in batches]
     assert all(sum(batch) <= 150 or len(batch) == 1 for batch in tokens)
     assert max(map(len, tokens)) > 1, "no batch: the test shows nothing"
 
 
 def test_images_that_do_not_fit_in_memory_together_are_encoded_in_parts(executor, images, monkeypatch):
     requests = [
-        ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", KnobSetting("low", 4, 4))
+        ExecutorRequest(f"sample{index}", image, QUESTIONS[0], "vqa2", molmo_setting("low", 4, 4))
         for index, image in enumerate(images)
     ]
     expected = [encoded.image_features for encoded in executor.encode(requests, "low")]
@@ -517,8 +579,8 @@ def test_images_that_do_not_fit_in_memory_together_are_encoded_in_parts(executor
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [executor.inference.image_features(*one) for one in some]
 
-    monkeypatch.setattr(executor, "mode", "captured")  # the mode that encodes several images at a time
-    monkeypatch.setattr(executor.inference, "features_of_images", two_at_most, raising=False)
+    monkeypatch.setattr(executor.inference, "shares_passes", True)  # as the mode "captured" does
+    monkeypatch.setattr(executor.inference, "features_of_images", two_at_most)
     with pytest.warns(UserWarning, match=r"a batch of \d images did not fit in the memory of cpu"):
         found = executor.encode(requests, "low")
     assert sizes[0] == len(images) and max(sizes[2:]) <= 3 and sum(size for size in sizes if size <= 2) == len(images)

@@ -1,0 +1,231 @@
+"""The first stage of a request: its image, cut and encoded once for all settings of a tier, and its prompt."""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+import xxhash
+from PIL import ExifTags, Image
+from transformers import BatchFeature
+
+from ...executor.requests import ExecutorRequest
+from .inference import Inference
+from .memory import do_or_split
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """
+    A prompt whose image has been encoded.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(L,)`):
+            Tokens of the prompt, without padding.
+        image_features (`torch.Tensor` of shape `(N, hidden)`):
+            Projected features that enter the sequence; those that overlap and are dropped are not kept.
+        image_input_idx (`torch.LongTensor` of shape `(N,)`):
+            Position of each feature in the prompt.
+        num_views (`int`):
+            Views that the tower encoded: the global one and the crops.
+        vision_tokens (`int`):
+            Tokens that stand for the image: start, patch, column and end tokens.
+    """
+
+    input_ids: torch.LongTensor
+    image_features: torch.Tensor
+    image_input_idx: torch.LongTensor
+    num_views: int
+    vision_tokens: int
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.input_ids, self.image_features, self.image_input_idx)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How large the prompt is, by `COUNT_NAMES`."""
+        return {
+            "num_views": self.num_views,
+            "vision_tokens": self.vision_tokens,
+            "text_tokens": len(self.input_ids) - self.vision_tokens,
+        }
+
+    @property
+    def vision_features(self) -> torch.Tensor:
+        """What a controller sees of the image: the mean of its features, `(hidden,)`, float32."""
+        return self.image_features.float().mean(dim=0)
+
+
+class SampleEncoder:
+    """
+    Encodes samples, and keeps what it encoded as long as there is room: the same image is asked for at many settings.
+
+    Args:
+        inference ([`Inference`]):
+            Runs tower and connector.
+        process (`Callable[[ExecutorRequest, PIL.Image.Image, str], BatchFeature]`):
+            Gives the model's inputs for a sample, its image and a tier.
+        image_tokens (`torch.LongTensor`):
+            Ids of the tokens that stand for an image.
+        device (`torch.device`):
+            Device of the model.
+        num_workers (`int`):
+            Images that go through the tower at the same time, where they do not share passes.
+        cache_bytes (`int`):
+            Memory for encoded samples; the least recently used go first.
+
+    Attributes:
+        num_bytes (`int`):
+            Memory that the samples that are kept take.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        process: Callable[[ExecutorRequest, Image.Image, str], BatchFeature],
+        image_tokens: torch.LongTensor,
+        device: torch.device,
+        num_workers: int,
+        cache_bytes: int,
+    ):
+        self.inference = inference
+        self.process = process
+        self.image_tokens = image_tokens
+        self.device = device
+        self.num_workers = num_workers
+        self.cache_bytes = cache_bytes
+        self.num_bytes = 0
+        self._kept: OrderedDict[tuple[str, str], EncodedSample] = OrderedDict()
+        # Questions about one image share its features, as long as one of them is kept.
+        self._features_of_image: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
+
+    def encode(self, samples: Sequence[ExecutorRequest], tier: str) -> list[EncodedSample]:
+        """The samples at a tier, in order, each encoded once as long as it is kept."""
+        # Held here as well: a call's images may be more than the cache keeps.
+        found: dict[str, EncodedSample] = {}
+        missing: dict[str, ExecutorRequest] = {}
+        for sample in samples:
+            key = (sample.sample_id, tier)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                found[sample.sample_id] = self._kept[key]
+            else:
+                missing.setdefault(sample.sample_id, sample)
+        features_of = self._features_together if self.inference.shares_passes else self._features_each
+        for sample, inputs, digest, features in features_of(list(missing.values()), tier):
+            self._features_of_image[digest] = features
+            found[sample.sample_id] = self._encoded_sample(inputs, features)
+            self._keep((sample.sample_id, tier), found[sample.sample_id])
+        return [found[sample.sample_id] for sample in samples]
+
+    def encode_inputs(self, inputs: BatchFeature) -> EncodedSample:
+        """A sample whose inputs are at hand, whatever is kept."""
+        return self._encoded_sample(inputs, self._image_features(inputs))
+
+    def forget(self) -> None:
+        """Drops what is kept."""
+        self._kept.clear()
+        self.num_bytes = 0
+        self._features_of_image.clear()
+
+    def _keep(self, key: tuple[str, str], encoded: EncodedSample) -> None:
+        self._kept[key] = encoded
+        self.num_bytes += encoded.num_bytes
+        while self.num_bytes > self.cache_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+
+    def _features_together(
+        self, samples: Sequence[ExecutorRequest], tier: str
+    ) -> Iterator[tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]]:
+        """Each sample with its inputs, its image's digest and features: several images in a pass of the tower."""
+        # A few at a time, so that not all pixels are in memory at once.
+        size = max(8, 4 * self.num_workers)
+        for group in (samples[start : start + size] for start in range(0, len(samples), size)):
+            images = [sample.load_image() for sample in group]
+            inputs = [self.process(sample, image, tier) for sample, image in zip(group, images, strict=True)]
+            digests = [f"{tier} {_digest(image)}" for image in images]
+            features = {digest: self._features_of_image.get(digest) for digest in digests}
+            unseen = {digest: one for digest, one in zip(digests, inputs, strict=True) if features[digest] is None}
+            if len(unseen) == 1:
+                features.update({digest: self._image_features(one) for digest, one in unseen.items()})
+            elif unseen:
+                found = do_or_split(self._features_of_images, list(unseen.values()), "images", self.device)
+                features.update(zip(unseen, found, strict=True))
+            for sample, one, digest in zip(group, inputs, digests, strict=True):
+                yield sample, one, digest, features[digest]
+
+    def _features_each(
+        self, samples: Sequence[ExecutorRequest], tier: str
+    ) -> Iterator[tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]]:
+        """As `_features_together`, but each image goes through the tower by itself, since the rounding of a batch may depend
+        on its size, while the next ones are cut in this thread: the tokenizer cannot be used by two."""
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            waiting: deque[tuple[ExecutorRequest, BatchFeature, str, Future | torch.Tensor]] = deque()
+
+            def first_waiting() -> tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]:
+                sample, inputs, digest, features = waiting.popleft()
+                return sample, inputs, digest, features.result() if isinstance(features, Future) else features
+
+            for sample in samples:
+                image = sample.load_image()
+                inputs, digest = self.process(sample, image, tier), f"{tier} {_digest(image)}"
+                features = self._features_of_image.get(digest)
+                if features is None:
+                    # Of an image that is being encoded for another question.
+                    features = next((future for *_, other, future in waiting if other == digest), None)
+                if features is None:
+                    features = pool.submit(self._image_features, inputs)
+                waiting.append((sample, inputs, digest, features))
+                # No more than a few, so that not all pixels are in memory at once.
+                if len(waiting) > 2 * self.num_workers:
+                    yield first_waiting()
+            while waiting:
+                yield first_waiting()
+
+    @torch.inference_mode()  # entered by each thread for itself
+    def _image_features(self, inputs: BatchFeature) -> torch.Tensor:
+        """Features of one image that enter the sequence: `(N, hidden)`."""
+        return self._in_sequence(inputs, self.inference.image_features(inputs["pixel_values"], inputs["image_masks"]))
+
+    def _features_of_images(self, inputs: Sequence[BatchFeature]) -> list[torch.Tensor]:
+        """As `_image_features`, for several images: their views share passes of the tower."""
+        features = self.inference.features_of_images([(one["pixel_values"], one["image_masks"]) for one in inputs])
+        return [self._in_sequence(one, its_features) for one, its_features in zip(inputs, features, strict=True)]
+
+    def _in_sequence(self, inputs: BatchFeature, features: torch.Tensor) -> torch.Tensor:
+        """Those of an image's features `(V, T, hidden)` that enter the sequence: `(N, hidden)`."""
+        (places,) = (inputs["image_input_idx"].flatten() >= 0).nonzero(as_tuple=True)
+        return features.flatten(0, 1)[places.to(self.device, non_blocking=True)]
+
+    def _encoded_sample(self, inputs: BatchFeature, image_features: torch.Tensor) -> EncodedSample:
+        input_ids = inputs["input_ids"][0]
+        positions = inputs["image_input_idx"].flatten()
+        return EncodedSample(
+            # Copies from ordinary memory are safe without waiting, and waiting would stop the tower's next image.
+            input_ids=input_ids.to(self.device, non_blocking=True),
+            image_features=image_features,
+            image_input_idx=positions[positions >= 0].to(self.device, non_blocking=True),
+            num_views=inputs["pixel_values"].shape[1],
+            vision_tokens=int(torch.isin(input_ids, self.image_tokens).sum()),
+        )
+
+
+def _digest(image: Image.Image) -> str:
+    """A digest of an image: of all that its pixels come from."""
+    about = (
+        image.mode,
+        image.size,
+        image.getpalette(),
+        image.info.get("transparency"),
+        image.getexif().get(ExifTags.Base.Orientation),
+    )
+    # Not SHA-256, which takes half a millisecond for 640x480 pixels, forty times as long.
+    digest = xxhash.xxh3_128(repr(about).encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()
