@@ -16,21 +16,11 @@ from .version import __version__
 
 
 class Command(NamedTuple):
-    """
-    A subcommand.
+    """A subcommand."""
 
-    Args:
-        module (`str`):
-            Module with its `make_parser` and `main`.
-        summary (`str`):
-            What it does.
-        example (`str`):
-            Flags of an example.
-    """
-
-    module: str
+    module: str  # with its `make_parser` and `main`
     summary: str
-    example: str
+    example: str  # flags
 
 
 # By subcommand, or by subcommand and target.
@@ -114,16 +104,7 @@ ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Runs the `joint-controller` command.
-
-    Args:
-        argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`):
-            Command-line arguments.
-
-    Returns:
-        `int`: Exit code: 0, 2 after an error, 130 after Ctrl-C.
-    """
+    """Runs the `joint-controller` command. Returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="joint-controller",
@@ -156,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.debug:
         os.environ[DEBUG_VARIABLE] = "1"
     if command == "train":
-        launch_options, script_argv = _split_launch_options(script_argv)
+        launch_parser = argparse.ArgumentParser(prog="joint-controller train", add_help=False, allow_abbrev=False)
+        launch_parser.usage = "joint-controller train [--config RECIPE.yaml] [--FIELD VALUE ...]"
+        launch_parser.add_argument("--num_processes", type=int)
+        launch_parser.add_argument("--accelerate_config")
+        launch_options, script_argv = launch_parser.parse_known_args(script_argv)
         if launch_options.num_processes is not None or launch_options.accelerate_config is not None:
             return guard("joint-controller train", lambda: _launch(launch_options, script_argv))
     script = import_command(command)
@@ -200,18 +185,6 @@ def _parse_target(command: str, argv: list[str]) -> str:
     )
     parser.add_argument("target", metavar="TARGET", choices=list(targets), help="see below")
     return parser.parse_args(argv[:1]).target
-
-
-def _split_launch_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="joint-controller train",
-        usage="joint-controller train [--config RECIPE.yaml] [--FIELD VALUE ...]",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--accelerate_config")
-    return parser.parse_known_args(argv)
 
 
 def _accelerate_config_file(name_or_path: str) -> Path:

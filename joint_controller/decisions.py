@@ -1,13 +1,15 @@
 """The way through a controller for requests: look at the questions, decide stage 1, look at the images, decide stage 2."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from .controller import BatchController, RequestController
 from .executor import ExecutorRequest, FeatureSource
-from .knobs import KnobSetting
+from .knobs import KnobSetting, KnobSpace
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,9 @@ def decide(
         asked = [replace(request, setting=setting) for request, setting in zip(requests, encoded_as, strict=True)]
         vision_features = features.vision_features(asked).to(device)
     second = chooser.choose_stage2(vision_features)
-    order = torch.tensor([*space.decided_by(1), *space.decided_by(2)])
-    actions = torch.cat([first, second], dim=1)[:, order.argsort()]
-    strides = torch.tensor(space.sizes[::-1]).cumprod(0).flip(0) // torch.tensor(space.sizes)
-    positions = (actions.cpu() * strides).sum(-1).tolist()
+    columns, strides = _layout(space)
+    actions = torch.cat([first, second], dim=1)[:, columns]
+    positions = (actions.cpu() @ strides).tolist()
     nothing = torch.empty(len(requests), 0, device=device)
     return Decisions(
         settings=[space.settings[position] for position in positions],
@@ -94,7 +95,15 @@ def decide(
     )
 
 
-def _settings_of_stage1(space, first: torch.Tensor) -> list[KnobSetting]:
+@lru_cache(maxsize=8)
+def _layout(space: KnobSpace) -> tuple[list[int], torch.Tensor]:
+    """Where each knob is among those of stage 1 and then stage 2, and how far apart its values are among the settings."""
+    decided = [*space.decided_by(1), *space.decided_by(2)]
+    strides = [math.prod(space.sizes[knob + 1 :]) for knob in range(len(space.sizes))]
+    return [decided.index(knob) for knob in range(len(decided))], torch.tensor(strides)
+
+
+def _settings_of_stage1(space: KnobSpace, first: torch.Tensor) -> list[KnobSetting]:
     """Settings with the values that stage 1 took, and the cheapest of the other knobs."""
     knobs = [space.knobs[position] for position in space.decided_by(1)]
     return [

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
+from transformers.hf_argparser import HfArg
 
 from ..executor import RANDOM_PREFIX, StageTimes, load_executor
 from ..latency.profiling import device_name
@@ -22,14 +23,12 @@ class BenchArguments:
     Arguments of all benchmarks.
     """
 
-    num_threads: int | None = field(
+    num_threads: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Threads that share one operation on the CPU. Default: torch's for the host of a GPU, else 1: operations "
-            "of the embedded executor are too small to share."
-        },
+        help="Threads that share one operation on the CPU. Default: torch's for the host of a GPU, else 1: operations of "
+        "the embedded executor are too small to share.",
     )
-    json: str | None = field(default=None, metadata={"help": "File to write the results to, too."})
+    json: str | None = HfArg(default=None, help="File to write the results to, too.")
 
 
 @dataclass(kw_only=True)
@@ -38,10 +37,8 @@ class DeviceBenchArguments(BenchArguments):
     Arguments of the benchmarks that run on a device of choice.
     """
 
-    device: str | None = field(default=None, metadata={"help": "Device. Default: cuda where there is one, else cpu."})
-    seed: int = field(
-        default=42, metadata={"help": "Seed of everything that is drawn: weights, images, questions, settings."}
-    )
+    device: str | None = HfArg(default=None, help="Device. Default: cuda where there is one, else cpu.")
+    seed: int = HfArg(default=42, help="Seed of everything that is drawn: weights, images, questions, settings.")
 
     def torch_device(self) -> torch.device:
         """The device that is asked for."""
@@ -54,22 +51,19 @@ class ExecutorBenchArguments(DeviceBenchArguments):
     Arguments of the benchmarks that run an executor of choice.
     """
 
-    model_path: str | None = field(
+    model_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Executor: a folder or Hub name of a Molmo, `embedded` for the one that ships, or `random:molmoe-1b` for "
-            "random weights of MolmoE-1B's sizes, made on the device: they cost the same. Default: random:molmoe-1b on a GPU, "
-            "embedded on a CPU."
-        },
+        help="Executor: a folder or Hub name of a Molmo, `embedded` for the one that ships, or `random:molmoe-1b` for "
+        "random weights of MolmoE-1B's sizes, made on the device: they cost the same. Default: random:molmoe-1b on a "
+        "GPU, embedded on a CPU.",
     )
-    batch_size: int | None = field(
+    batch_size: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Most requests that the executor answers together. Default: on a GPU 128, or 64 in training; 16 on a CPU."
-        },
+        help="Most requests that the executor answers together. Default: on a GPU 128, or 64 in training; 16 on a "
+        "CPU.",
     )
-    num_workers: int = field(
-        default=2, metadata={"help": "Batches that are answered at the same time, each by a thread of its own (CPU)."}
+    num_workers: int = HfArg(
+        default=2, help="Batches that are answered at the same time, each by a thread of its own (CPU)."
     )
 
 

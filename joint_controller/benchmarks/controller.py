@@ -14,24 +14,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from transformers.hf_argparser import HfArg
 
 from ..controller import JointControllerConfig, JointControllerModel, RequestController
 from ..data import load_vqa_dataset
 from ..executor import EMBEDDED, ExecutorRequest, executor_shape, load_executor, load_input_counter
 from ..scripts import ScriptParser, run_script
-from .common import (
-    DeviceBenchArguments,
-    answer_ms,
-    check_at_least,
-    machine,
-    make_table,
-    use_threads,
-    write_results,
-)
+from .common import DeviceBenchArguments, answer_ms, check_at_least, machine, make_table, use_threads, write_results
 
 
 MOLMOE_HIDDEN_SIZE = 2048
@@ -46,7 +39,7 @@ class BenchControllerArguments(DeviceBenchArguments):
     Arguments of `joint-controller bench controller`.
     """
 
-    num_requests: int = field(default=500, metadata={"help": "Requests that are timed; medians are shown."})
+    num_requests: int = HfArg(default=500, help="Requests that are timed; medians are shown.")
 
 
 def main(args: BenchControllerArguments) -> None:
@@ -123,11 +116,7 @@ def _time(args: BenchControllerArguments, device: torch.device) -> dict[str, dic
             ended = time.perf_counter()
             if number >= num_warm_ups:
                 times[way].append((1000 * (between - started), 1000 * (ended - between)))
-    stages = {
-        "stage 1": lambda pair: pair[0],
-        "stage 2": lambda pair: pair[1],
-        "both stages": sum,
-    }
+    stages = {"stage 1": lambda pair: pair[0], "stage 2": lambda pair: pair[1], "both stages": sum}
     return {
         way: {stage: statistics.median(map(ms_of, pairs)) for stage, ms_of in stages.items()}
         for way, pairs in times.items()

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -26,20 +26,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
+from transformers.hf_argparser import HfArg
 
 from ..data import load_vqa_dataset
 from ..molmo import MolmoImageProcessor
 from ..molmo.knob_space import TIERS
 from ..scripts import ScriptParser, run_script
-from .common import (
-    BenchArguments,
-    check_at_least,
-    machine,
-    make_table,
-    own_memory_mb,
-    use_threads,
-    write_results,
-)
+from .common import BenchArguments, check_at_least, machine, make_table, own_memory_mb, use_threads, write_results
 
 
 NUM_FILES = 64
@@ -61,18 +54,16 @@ class BenchDataArguments(BenchArguments):
     Arguments of `joint-controller bench data`. Views have MolmoE-1B's sizes: 336×336 pixels, at most 12 crops.
     """
 
-    num_images: int = field(default=200, metadata={"help": "Images that are timed."})
-    num_rows: int = field(
+    num_images: int = HfArg(default=200, help="Images that are timed.")
+    num_rows: int = HfArg(
         default=5000,
-        metadata={
-            "help": "Rows that are read and preprocessed while memory is watched. 0: none. A row of 640×480 pixels takes "
-            "0.3 MB in the folder for temporary files."
-        },
+        help="Rows that are read and preprocessed while memory is watched. 0: none. A row of 640×480 pixels takes 0.3 MB "
+        "in the folder for temporary files.",
     )
-    image_size: list[int] = field(
-        default_factory=lambda: [640, 480], metadata={"help": "Width and height of the images, in pixels."}
+    image_size: list[int] = HfArg(
+        default_factory=lambda: [640, 480], help="Width and height of the images, in pixels."
     )
-    tier: str = field(default="high", metadata={"help": "Tier of the images.", "choices": TIERS})
+    tier: str = HfArg(default="high", help="Tier of the images.", metadata={"choices": TIERS})
 
 
 def main(args: BenchDataArguments) -> None:

@@ -12,12 +12,13 @@ one that ships with the package. Image processing is not in any number.
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.hf_argparser import HfArg
 
 from ..executor import EMBEDDED, ExecutorRequest
 from ..executor.stage_clock import StageClock
@@ -91,37 +92,27 @@ class BenchExecutorArguments(ExecutorBenchArguments):
     Arguments of `joint-controller bench executor`.
     """
 
-    repeats: int = field(default=20, metadata={"help": "Times that a single request is measured; medians are shown."})
-    stock_repeats: int = field(default=5, metadata={"help": "The same, for transformers' own modules."})
-    num_requests: int = field(
-        default=256, metadata={"help": "Requests of mixed settings that are answered in batches."}
-    )
-    num_stock_requests: int | None = field(
+    repeats: int = HfArg(default=20, help="Times that a single request is measured; medians are shown.")
+    stock_repeats: int = HfArg(default=5, help="The same, for transformers' own modules.")
+    num_requests: int = HfArg(default=256, help="Requests of mixed settings that are answered in batches.")
+    num_stock_requests: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "How many of these transformers' modules answer one by one, each with as many tokens as the executor's "
-            "answer has. Default: 8 on a GPU, 64 on a CPU."
-        },
+        help="How many of these transformers' modules answer one by one, each with as many tokens as the executor's "
+        "answer has. Default: 8 on a GPU, 64 on a CPU.",
     )
-    max_batch_tokens: int = field(default=131072, metadata={"help": "Most prompt tokens in a batch."})
-    max_new_tokens: int = field(default=8, metadata={"help": "Tokens of an answer."})
-    grid_repeats: int = field(
+    max_batch_tokens: int = HfArg(default=131072, help="Most prompt tokens in a batch.")
+    max_new_tokens: int = HfArg(default=8, help="Tokens of an answer.")
+    grid_repeats: int = HfArg(
         default=8,
-        metadata={
-            "help": "Times that every two neighbouring settings are measured in turn, to see that no knob's higher value is "
-            "faster; up to eight times as often where that does not decide (fewer than 8 never do). 0: not."
-        },
+        help="Times that every two neighbouring settings are measured in turn, to see that no knob's higher value is "
+        "faster; up to eight times as often where that does not decide (fewer than 8 never do). 0: not.",
     )
-    num_agreement: int = field(
+    num_agreement: int = HfArg(
         default=0,
-        metadata={
-            "help": "Requests at random settings whose answers and scores are compared with those of transformers' "
-            "modules, alone and in batches, and those of the modules with themselves, with other experts. 0: none."
-        },
+        help="Requests at random settings whose answers and scores are compared with those of transformers' modules, "
+        "alone and in batches, and those of the modules with themselves, with other experts. 0: none.",
     )
-    num_memory: int = field(
-        default=0, metadata={"help": "Requests at random settings over which memory is watched. 0: none."}
-    )
+    num_memory: int = HfArg(default=0, help="Requests at random settings over which memory is watched. 0: none.")
 
 
 def main(args: BenchExecutorArguments) -> None:

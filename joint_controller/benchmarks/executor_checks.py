@@ -72,9 +72,9 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         """
-        Shares of the requests with the same tokens everywhere, and with these or a near tie where they first differ; how
-        many differ by more; the gaps where they differ, in steps of the precision; and the relative difference of scores,
-        if any were compared.
+        Shares of the requests with the same tokens everywhere, and with these or a near tie where they first differ;
+        how many differ by more; the gaps where they differ, in steps of the precision; and the relative difference of
+        scores, if any were compared.
         """
         beyond = sum(gap > NEAR_TIE for gap in self.gaps)
         summary = {
@@ -99,13 +99,10 @@ def measure_agreement(
     executor: MolmoExecutor, stock: MolmoExecutor, requests: Sequence[ExecutorRequest], seed: int
 ) -> dict[str, Any]:
     """
-    Compares answers and scores with those of transformers' modules. Where the two highest scores are within rounding of
-    each other, any two correct ways may choose differently, so that the modules are compared with themselves, too: with
-    another implementation of the experts.
-
-    Returns:
-        `dict`: `"requests"`, `"precision"`, and the [`Comparison.summary`] of the executor with the modules, of its batches
-        with its answers alone (`"batched_..."`) and of the modules with themselves (`"stock_..."`).
+    Compares answers and scores with those of transformers' modules. Where the two highest scores are within rounding
+    of each other, any two correct ways may choose differently, so that the modules are compared with themselves, too
+    (`"stock_..."`): with another implementation of the experts. `"batched_..."` compares the executor's batches with
+    its answers alone.
     """
     step = torch.finfo(executor.model.dtype).eps
     alone, batched, control = (Comparison(step) for _ in range(3))
@@ -234,15 +231,11 @@ def compare_neighbours(space: KnobSpace, time_ms: Callable[[KnobSetting], float]
     """
     Whether each knob's next higher value takes longer with the others fixed, at every setting.
 
-    A machine's clock wanders by more than what neighbours differ by. So the two of a pair are measured in turn (A B, B A,
-    A B, ...), each ratio is that of two measurements within moments of each other, and the median of the ratios counts. A
-    pair is measured `repeats` times, and then on until it is certain on which side of `LEAST_RATIO` its median is, or
-    `MOST_ROUNDS` times as often.
-
-    Returns:
-        `dict`: `"settings"`; `"cheapest_ms"` and `"full_ms"`, medians; `"measurements"`, `"smallest_ratio"` and
-        `"below_0.98"`, the pairs whose median is; `"knobs"`, with `"neighbours"`, `"smallest_ratio"`, `"median_ratio"`,
-        `"below"` and `"undecided"` (measured as often as allowed) of each knob that has more than one value.
+    A machine's clock wanders by more than what neighbours differ by. So the two of a pair are measured in turn (A B, B
+    A, A B, ...), each ratio is that of two measurements within moments of each other, and the median of the ratios
+    counts. A pair is measured `repeats` times, and then on until it is certain on which side of `LEAST_RATIO` its
+    median is, or `MOST_ROUNDS` times as often; then it counts as undecided. `"cheapest_ms"` and `"full_ms"` are
+    medians, too.
     """
     pairs = [
         (knob.name, lower, KnobSetting({**lower, knob.name: knob.values[index + 1]}))
@@ -334,12 +327,9 @@ def format_grid(results: Mapping[str, Any]) -> Table:
 
 def measure_memory(executor: MolmoExecutor, requests: Sequence[ExecutorRequest]) -> dict[str, Any]:
     """
-    Memory before and after requests that are answered one by one. Before, each image was answered once at its tier with
-    each number of blocks, so that everything has been used.
-
-    Returns:
-        `dict`: `"requests"`; `"host_mb"`, what the process has for itself, and `"growth_host_mb"`; on a GPU also `"gpu_mb"`
-        and `"growth_gpu_mb"`, of all that is taken there.
+    Memory before and after requests that are answered one by one, in MB: what the process has for itself
+    (`"host_mb"`), and on a GPU all that is taken there (`"gpu_mb"`). Before, each image was answered once at its tier
+    with each number of blocks, so that everything has been used.
     """
     kept = executor.vision_cache_bytes
     executor.vision_cache_bytes = 256 * 2**20

@@ -59,11 +59,9 @@ class RequestMaker:
         self, sample_id: str, setting: KnobSetting, num_crops: int, num_tokens: int, seed: int
     ) -> ExecutorRequest:
         """
-        A request whose image has `num_crops` crops, and whose question fills the prompt up to `num_tokens` tokens (0: a
-        question of five words). The benchmark's seed and this one decide on both.
-
-        Raises:
-            ValueError: If no image has that many crops at the setting's tier.
+        A request whose image has `num_crops` crops (`ValueError` if none has at the setting's tier), and whose
+        question fills the prompt up to `num_tokens` tokens (0: a question of five words). The benchmark's seed and
+        this one decide on both.
         """
         size = self._size_with(num_crops, setting["tier"])
         if size is None:

@@ -13,12 +13,13 @@ answer one request after the other.
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback
+from transformers.hf_argparser import HfArg
 
 from ..controller import JointControllerConfig, JointControllerModel
 from ..data import load_vqa_datasets
@@ -55,21 +56,17 @@ class BenchTrainingArguments(ExecutorBenchArguments):
     Arguments of `joint-controller bench training`. A latency estimator must ship for the executor's sizes.
     """
 
-    num_questions: int = field(default=64, metadata={"help": "Questions of a rollout, half of them of easy-vqa."})
-    num_stock_questions: int | None = field(
+    num_questions: int = HfArg(default=64, help="Questions of a rollout, half of them of easy-vqa.")
+    num_stock_questions: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Questions of a rollout of the baseline. Default: 2 on a GPU, where it gives about four answers a second, "
-            "`num_questions` on a CPU."
-        },
+        help="Questions of a rollout of the baseline. Default: 2 on a GPU, where it gives about four answers a second, "
+        "`num_questions` on a CPU.",
     )
-    num_generations: int = field(default=8, metadata={"help": "Settings that are tried for each question."})
-    num_rollouts: int = field(default=4, metadata={"help": "Rollouts, each with one optimiser step."})
-    max_new_tokens: int | None = field(
+    num_generations: int = HfArg(default=8, help="Settings that are tried for each question.")
+    num_rollouts: int = HfArg(default=4, help="Rollouts, each with one optimiser step.")
+    max_new_tokens: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Most tokens of an answer. Default: 2 for the embedded executor, whose answers are one word, else 8."
-        },
+        help="Most tokens of an answer. Default: 2 for the embedded executor, whose answers are one word, else 8.",
     )
 
 

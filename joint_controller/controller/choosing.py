@@ -1,5 +1,6 @@
 """From logits to decisions: the likeliest values or sampled ones, among all settings or among those that fit."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,6 +23,8 @@ class StageTable:
             Number of values of each knob of stage 1, and of stage 2.
         positions (`torch.LongTensor` of shape `(choices of stage 1, choices of stage 2)`):
             Position in the knob space of the setting of each pair of choices, the last knob of a stage moving fastest.
+        values (`tuple[torch.LongTensor, torch.LongTensor]`, each of shape `(choices, knobs)`):
+            For each choice of stage 1, and of stage 2, the position of each value among the values of its knob.
     """
 
     def __init__(self, knob_space: KnobSpace):
@@ -29,6 +32,9 @@ class StageTable:
         self.sizes = tuple(tuple(knob_space.sizes[knob] for knob in of_stage) for of_stage in knobs)
         all_positions = torch.arange(len(knob_space)).reshape(knob_space.sizes)
         self.positions = all_positions.permute(*knobs[0], *knobs[1]).reshape(math.prod(self.sizes[0]), -1)
+        self.values = tuple(
+            torch.tensor(list(itertools.product(*map(range, sizes))), dtype=torch.long) for sizes in self.sizes
+        )
 
 
 def likeliest(logits: Sequence[torch.Tensor], penalty: torch.Tensor) -> torch.Tensor:
@@ -57,28 +63,6 @@ def likeliest(logits: Sequence[torch.Tensor], penalty: torch.Tensor) -> torch.Te
 def penalty_of(fits: torch.Tensor) -> torch.Tensor:
     """What the scores of settings change by: 0, or -inf for those that do not fit; float64."""
     return torch.zeros_like(fits, dtype=torch.float64).masked_fill_(~fits, -math.inf)
-
-
-def values_of(choice: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """
-    The values that a choice stands for.
-
-    Args:
-        choice (`torch.LongTensor` of shape `(n,)`):
-            Positions among the choices of a stage.
-        sizes (`Sequence[int]`):
-            Number of values of each of its knobs.
-
-    Returns:
-        `torch.LongTensor` of shape `(n, knobs)`: positions among the values of each knob.
-    """
-    if len(sizes) == 1:
-        return choice[:, None]
-    columns = []
-    for size in reversed(sizes):
-        columns.append(choice % size)
-        choice = choice // size
-    return torch.stack(columns[::-1], dim=-1) if columns else choice.new_empty(len(choice), 0)
 
 
 class BatchController:
@@ -158,7 +142,7 @@ class BatchController:
             scores = [one / self._temperature + its_noise for one, its_noise in zip(logits, noise, strict=True)]
             return torch.stack([one.argmax(dim=-1) for one in scores], dim=-1)
         penalty = logits[0].new_zeros(1, 1, dtype=torch.float64) if penalty is None else penalty
-        return values_of(likeliest(logits, penalty), self._table.sizes[stage - 1])
+        return self._table.values[stage - 1].to(penalty.device)[likeliest(logits, penalty)]
 
     def _place(self, values: torch.Tensor) -> torch.Tensor:
         """Positions among the choices of stage 1."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .choosing import StageTable, likeliest, penalty_of, values_of
+from .choosing import StageTable, likeliest, penalty_of
 from .modeling_joint_controller import JointControllerModel
 
 
@@ -29,6 +29,7 @@ class RequestController:
         place = {"device": controller.device}
         self._table = StageTable(controller.knob_space)
         num_first, num_second = self._table.positions.shape
+        self._first_values = self._table.values[0].to(controller.device)
         self._question = torch.zeros(1, controller.config.question_size, **place)
         self._vision = torch.zeros(1, controller.config.vision_size, **place)
         # In float32, also where the configuration has whole milliseconds.
@@ -71,7 +72,7 @@ class RequestController:
                 self._penalty.fill_(0.0)
             self._has_penalty = fits is not None
             self._run_stage1()
-            return values_of(self._first, self._table.sizes[0]).clone()
+            return self._table.values[0].index_select(0, self._first)
 
     def choose_stage2(self, vision_features: torch.Tensor | None) -> torch.Tensor:
         """
@@ -88,7 +89,7 @@ class RequestController:
             if vision_features is not None:
                 self._vision.copy_(vision_features)
             self._run_stage2()
-            return values_of(self._second, self._table.sizes[1]).clone()
+            return self._table.values[1].index_select(0, self._second)
 
     def _stage1(self) -> None:
         logits = self.controller.stage1(self._question, self._budget_ms)
@@ -97,7 +98,9 @@ class RequestController:
             self._first.copy_(self._first_on_device, non_blocking=True)
 
     def _stage2(self) -> None:
-        values = values_of(self._first_on_device, self._table.sizes[0])
+        # Of a single knob, choices are values: a kernel less.
+        is_single = self._first_values.shape[1] == 1
+        values = self._first_on_device[:, None] if is_single else self._first_values[self._first_on_device]
         logits = self.controller.stage2(self._vision, self._question, self._budget_ms, values)
         if logits:
             penalty = self._penalty.index_select(0, self._first_on_device)

@@ -5,16 +5,7 @@ from .loading import load_vqa_dataset, load_vqa_datasets, load_vqa_parts
 from .registry import VQA_DATASETS, VQADataset
 from .row_checks import BadRow, SkippedRows, keep_good_rows
 from .samples import Sample, read_samples
-from .scenes import (
-    QUESTION_TYPES,
-    Scene,
-    SceneObject,
-    SceneQuestion,
-    SceneSign,
-    generate_scene,
-    scene_seed,
-    vocabulary,
-)
+from .scenes import QUESTION_TYPES, Scene, generate_scene, scene_seed, vocabulary
 from .schema import ENCODED_FEATURES, FEATURES, SPLITS
 from .sources import read_source
 from .splits import SplitPart
@@ -31,9 +22,6 @@ __all__ = [
     "ImageError",
     "Sample",
     "Scene",
-    "SceneObject",
-    "SceneQuestion",
-    "SceneSign",
     "SkippedRows",
     "SplitPart",
     "VQADataset",

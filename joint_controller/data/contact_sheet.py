@@ -16,20 +16,7 @@ INK, ANSWER_INK, NOTE_INK, FRAME, MAT, PAPER = "#1b1f24", "#0a6640", "#6a737d", 
 
 
 def format_answers(answers: Sequence[str]) -> str:
-    """
-    Reference answers in one line, the most frequent first, with how often each was given.
-
-    Args:
-        answers (`Sequence[str]`):
-            The answers.
-
-    Example:
-
-    ```python
-    >>> format_answers(["red", "dark red", "red"])
-    'red ×2, dark red'
-    ```
-    """
+    """Reference answers in one line, the most frequent first, with how often each was given: 'red ×2, dark red'."""
     counts = Counter(answers).most_common()
     return ", ".join(answer if count == 1 else f"{answer} ×{count}" for answer, count in counts)
 
@@ -38,27 +25,11 @@ def draw_contact_sheet(samples: Sequence[Mapping[str, Any]], title: str) -> Imag
     """
     Draws samples in rows of five, each with its image, question, answers, id, size and question type. Small images are
     enlarged pixel by pixel, so that nothing is shown that is not there; long texts end in an ellipsis.
-
-    Args:
-        samples (`Sequence[dict]`):
-            Rows with the columns of `FEATURES`, the images decoded and in RGB.
-        title (`str`):
-            What is shown, above the samples.
-
-    Returns:
-        `PIL.Image.Image`
-
-    Raises:
-        ValueError: If there are no samples.
     """
     if not samples:
         raise ValueError("there are no samples to show: give at least one.")
-    title_font, question_font, answer_font, note_font = (
-        _font(TITLE_SIZE, "bold"),
-        _font(QUESTION_SIZE),
-        _font(QUESTION_SIZE, "bold"),
-        _font(NOTE_SIZE),
-    )
+    title_font, answer_font = _font(TITLE_SIZE, "bold"), _font(QUESTION_SIZE, "bold")
+    question_font, note_font = _font(QUESTION_SIZE), _font(NOTE_SIZE)
     cells = []
     for sample in samples:
         width, height = sample["image"].size

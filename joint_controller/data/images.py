@@ -64,29 +64,13 @@ def check_image(encoded: Mapping[str, Any]) -> None:
     """
     Raises what [`decode_image`] would raise, in less time: a JPEG file is read to its end, but decoded at an eighth of its
     size.
-
-    Args:
-        encoded (`dict`):
-            As for [`decode_image`].
-
-    Raises:
-        ImageError: As [`decode_image`] does.
     """
     with open_image(encoded) as image:
         _read_pixels(image, reduction=8)
 
 
 def open_image(encoded: Mapping[str, Any] | None) -> Image.Image:
-    """
-    Reads the header of an image, and refuses by it. The caller closes the image.
-
-    Args:
-        encoded (`dict`):
-            As for [`decode_image`].
-
-    Raises:
-        ImageError: If there is no image, its file is missing or of no known format, or it is too small or too large.
-    """
+    """Reads the header of an image (encoded as for [`decode_image`]), and refuses by it. The caller closes the image."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ImageError("there is no image")
     try:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from .easy_vqa import load_easy_vqa
+from .built_in import load_easy_vqa, load_scenes
 from .mixture import check_mixture, mix, split_by_weight, split_evenly
 from .row_checks import SkippedRows, keep_good_rows
-from .scene_dataset import load_scenes
 from .schema import conform_to_schema
 from .sources import read_source
 
@@ -37,7 +36,8 @@ def load_vqa_dataset(
             The split, or a part of it, such as `"validation[:50%]"`.
         max_samples (`int`, *optional*):
             At most this many samples: a random subset, in the order of the data set. Of `"scenes"`, which have no end,
-            exactly this many, the first. By default all (see [`load_scenes`] for scenes).
+            exactly this many, the first. By default all; of scenes, 4,000 for `train`, 1,000 for `validation` and 2,000 for
+            `test`.
         seed (`int`, *optional*, defaults to 42):
             Chooses the subset.
         skipped_rows ([`SkippedRows`], *optional*):
@@ -73,17 +73,13 @@ def load_vqa_datasets(
 
     Args:
         names (`Sequence[str]`):
-            Names or paths, as for [`load_vqa_dataset`].
-        split (`str`, *optional*, defaults to `"train"`):
-            `"train"`, `"validation"` or `"test"`.
+            Names or paths, as for [`load_vqa_dataset`], as are `split` and `skipped_rows`.
         max_samples (`int`, *optional*):
             At most this many samples in total.
         seed (`int`, *optional*, defaults to 42):
             Chooses subsets and order.
         weights (`Sequence[float]`, *optional*):
             One positive number for each data set. Only their ratios count.
-        skipped_rows ([`SkippedRows`], *optional*):
-            As for [`load_vqa_dataset`].
 
     Returns:
         `datasets.Dataset`: Columns as of [`load_vqa_dataset`].
@@ -105,12 +101,8 @@ def load_vqa_parts(
     skipped_rows: SkippedRows | None = None,
 ) -> dict[str, Dataset]:
     """
-    Loads what [`load_vqa_datasets`] mixes: of each data set the samples that are in an epoch.
-
-    Args and errors are those of [`load_vqa_datasets`].
-
-    Returns:
-        `dict[str, datasets.Dataset]`: The samples of each name, in the order of the data set.
+    Loads what [`load_vqa_datasets`] mixes: by name, the samples of each data set that are in an epoch, in its order. Args and
+    errors are those of [`load_vqa_datasets`].
     """
     check_mixture(names, max_samples, weights)
     if weights is None:

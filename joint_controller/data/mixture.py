@@ -5,16 +5,8 @@ from collections.abc import Sequence
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 
-def check_mixture(
-    names: Sequence[str], max_samples: int | None = None, weights: Sequence[float] | None = None
-) -> None:
-    """
-    Refuses what cannot be mixed.
-
-    Raises:
-        ValueError: If no name is given, `max_samples` is smaller than the number of data sets, or there is not one positive,
-            finite weight for each.
-    """
+def check_mixture(names: Sequence[str], max_samples: int | None, weights: Sequence[float] | None) -> None:
+    """Refuses what cannot be mixed."""
     if isinstance(names, str):
         raise ValueError(f"names is the string '{names}': give a list of names.")
     if not names:
@@ -39,22 +31,9 @@ def split_evenly(max_samples: int, num_datasets: int) -> list[int]:
 
 def split_by_weight(weights: Sequence[float], num_rows: Sequence[int], max_samples: int | None = None) -> list[int]:
     """
-    How many rows of each data set make an epoch. Each has its weight's share of the rows, no row occurs twice, and the epoch
-    is as long as that allows: min over data sets of rows / share, or `max_samples` if that is less.
-
-    Args:
-        weights (`Sequence[float]`):
-            One positive number for each data set; only their ratios count.
-        num_rows (`Sequence[int]`):
-            Rows that each has.
-        max_samples (`int`, *optional*):
-            Longest epoch.
-
-    Returns:
-        `list[int]`: Rows of each data set: its exact share, rounded down or, for those with the largest remainders, up.
-
-    Raises:
-        ValueError: If the share of a data set is less than one row.
+    How many of the rows of each data set make an epoch. Each has its weight's share of them, no row occurs twice, and the
+    epoch is as long as that allows: min over data sets of rows / share, or `max_samples` if that is less. Shares are rounded
+    down or, for those with the largest remainders, up.
     """
     total = sum(weights)
     limits = [rows * total / weight for rows, weight in zip(num_rows, weights, strict=True)]
@@ -76,15 +55,8 @@ def split_by_weight(weights: Sequence[float], num_rows: Sequence[int], max_sampl
 
 def mix(datasets: Sequence[Dataset], weights: Sequence[float] | None, seed: int) -> Dataset:
     """
-    All rows of several data sets, each once, in random order.
-
-    Args:
-        datasets (`Sequence[datasets.Dataset]`):
-            Data sets of one schema.
-        weights (`Sequence[float]`, *optional*):
-            The next row is from a data set drawn by weight, as long as that has rows left. Only ratios count.
-        seed (`int`):
-            Chooses the order.
+    All rows of several data sets, each once, in random order. With weights, the next row is from a data set drawn by weight,
+    as long as that has rows left.
     """
     if weights is None:
         return concatenate_datasets(list(datasets)).shuffle(seed=seed, keep_in_memory=True)
@@ -100,18 +72,8 @@ def interleave_streams(
     streams: Sequence[IterableDataset], weights: Sequence[float] | None, seed: int, max_samples: int | None = None
 ) -> IterableDataset:
     """
-    Several streams as one.
-
-    Args:
-        streams (`Sequence[datasets.IterableDataset]`):
-            Streams of one schema.
-        weights (`Sequence[float]`, *optional*):
-            The next row is from a stream drawn by weight, and a pass ends when the first one has run out. By default
-            streams take turns, those that have run out are passed over, and a pass ends with the last.
-        seed (`int`):
-            Chooses the order of draws.
-        max_samples (`int`, *optional*):
-            Ends a pass after this many rows, the same in each.
+    Several streams as one. With weights, the next row is from a stream drawn by weight, and a pass ends when the first one
+    has run out. Without, streams take turns, those that have run out are passed over, and a pass ends with the last.
     """
     if len(streams) == 1:
         mixture = streams[0]

@@ -25,30 +25,14 @@ READING_VERSION = 2
 
 @dataclass(frozen=True)
 class OfficialSplit:
-    """
-    The files of one split.
+    """The files of one split."""
 
-    Args:
-        entry ([`VQADataset`]):
-            The data set, with the columns that its official files have.
-        records (`str`):
-            JSON file of the rows: of questions with their answers, or of the answers alone.
-        records_key (`str`):
-            Key of the list of rows in it, or `""` where the file is that list.
-        image (`str`):
-            Path of an image, with a field of the row in braces. Its first part is a folder.
-        questions (`str`, *optional*):
-            JSON file of the questions, where they have one of their own.
-        optional (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Columns that rows may lack.
-    """
-
-    entry: VQADataset
-    records: str
-    records_key: str
-    image: str
-    questions: str | None = None
-    optional: tuple[str, ...] = ()
+    entry: VQADataset  # with the columns that the official files have
+    records: str  # JSON file of the rows: of questions with their answers, or of the answers alone
+    records_key: str  # of the list of rows in it, "" where the file is that list
+    image: str  # path of an image, with a field of the row in braces; its first part is a folder
+    questions: str | None = None  # JSON file of the questions, where they have one of their own
+    optional: tuple[str, ...] = ()  # columns that rows may lack
 
     @property
     def files(self) -> list[str]:
@@ -61,11 +45,6 @@ class OfficialSplit:
         folder = self.image.split("/")[0]
         return None if "{" in folder else folder
 
-    @property
-    def image_field(self) -> str:
-        """The field of a row that `image` names."""
-        return next(name for _, name, _, _ in Formatter().parse(self.image) if name)
-
     def describe(self) -> str:
         """Files and folder, for a message."""
         folder = "the image folders" if self.image_folder is None else f"the image folder '{self.image_folder}'"
@@ -74,21 +53,11 @@ class OfficialSplit:
 
 @dataclass(frozen=True)
 class FoundSplit:
-    """
-    The files of one split, found.
-
-    Args:
-        split ([`OfficialSplit`]):
-            Which they are.
-        files (`tuple[str, ...]`):
-            Paths of the JSON files, as in `split.files`.
-        places (`tuple[str, ...]`):
-            Folders that image folders are in.
-    """
+    """The files of one split, found."""
 
     split: OfficialSplit
-    files: tuple[str, ...]
-    places: tuple[str, ...]
+    files: tuple[str, ...]  # paths of `split.files`
+    places: tuple[str, ...]  # folders that image folders are in
 
 
 def _coco_split(entry: VQADataset, subset: str, prefix: str) -> OfficialSplit:
@@ -130,22 +99,8 @@ OFFICIAL_FILES: dict[str, dict[str, OfficialSplit]] = {
 
 def find_official_split(name: str, role: str, folder: Path) -> FoundSplit | None:
     """
-    Looks for the official files of a split in a folder, in the folders in it, and, for images, in those of a folder
-    `images` or `Images`.
-
-    Args:
-        name (`str`):
-            Name of the data set.
-        role (`str`):
-            Role of the split.
-        folder (`Path`):
-            Where to look.
-
-    Returns:
-        [`FoundSplit`] or `None`: `None` if there is none of the split's JSON files.
-
-    Raises:
-        ValueError: If there are some of the split's files, but not all.
+    Looks for the official files of a data set's split in a folder, in the folders in it, and, for images, in those of a
+    folder `images` or `Images`. `None` if there is none of the JSON files; some of the files, but not all, are an error.
     """
     split = OFFICIAL_FILES.get(name, {}).get(role)
     if split is None or not folder.is_dir():
@@ -174,19 +129,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def read_official_split(found: FoundSplit) -> Dataset:
     """
-    Makes a table of a split's official files, which `datasets` keeps in its cache until a file changes. Images are named
-    in it, not read.
-
-    Args:
-        found ([`FoundSplit`]):
-            The files.
-
-    Returns:
-        `datasets.Dataset`: The columns of `found.split.entry`.
-
-    Raises:
-        ValueError: If a file is damaged, lacks a field, or questions and answers are not of the same rows. The message
-            names file and row.
+    Makes a table of a split's official files, which `datasets` keeps in its cache until a file changes: the columns of
+    `found.split.entry`. Images are named in it, not read.
     """
     entry = found.split.entry
     stamps = [(os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in found.files]
@@ -205,8 +149,8 @@ def read_official_split(found: FoundSplit) -> Dataset:
 
 def _iterate_official_split(found: FoundSplit) -> Iterator[dict[str, Any]]:
     entry, split = found.split.entry, found.split
-    *_, records_file = found.files
-    image_field = split.image_field
+    records_file = found.files[-1]
+    image_field = next(name for _, name, _, _ in Formatter().parse(split.image) if name)
     questions = None
     if split.questions is not None:
         questions = {

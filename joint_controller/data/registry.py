@@ -41,10 +41,8 @@ class VQADataset:
             `question`, `answers`, and, where they differ from the defaults, `question_type`, `style`, `metric`,
             `image_key` (what names the row's image; by default the image's bytes do) and `defect` (column and cause,
             "image: it is ...", of a row that cannot be used).
-        style (`str`):
-            Style of the prompts.
-        metric (`str`):
-            The metric that the field reports.
+        style, metric (`str`):
+            Style of the prompts, and the metric that the field reports.
         configuration (`str`, *optional*):
             Configuration of the repository, where it has several. Its Parquet files are in a folder of that name.
         image_column (`str`, *optional*, defaults to `"image"`):
@@ -52,10 +50,8 @@ class VQADataset:
         questions_column (`str`, *optional*):
             Column of a list of questions on the row's image, each of which becomes a row. By default a row is one
             question.
-        unlabelled (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Roles of the splits that were published without answers.
-        not_on_hub (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Roles of the splits that only the official files have.
+        unlabelled, not_on_hub (`tuple[str, ...]`, *optional*, default to `()`):
+            Roles of the splits that were published without answers, and of those that only the official files have.
         elsewhere (`Mapping[str, str]`, *optional*, defaults to `{}`):
             Roles of the splits that another repository has, of the same schema and without configurations, and that
             repository.
@@ -129,12 +125,10 @@ COCO_2014_VQA = VQADataset(
     not_on_hub=("train",),
     columns=Features(
         {
-            "question_type": STRING,
-            "answers": List({"answer": STRING, "answer_confidence": STRING, "answer_id": INT64}),
-            "image_id": INT64,
-            "question_id": INT64,
-            "question": STRING,
+            **dict.fromkeys(("image_id", "question_id"), INT64),
+            **dict.fromkeys(("question", "question_type"), STRING),
             "image": Image(),
+            "answers": List({"answer": STRING, "answer_confidence": STRING, "answer_id": INT64}),
         }
     ),
     convert=_convert_coco_2014_vqa,
@@ -144,14 +138,9 @@ COCO_2014_VQA = VQADataset(
 
 
 def _convert_okvqa(row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
-    return {
-        "id": row["question_id"],
-        # OK-VQA's question ids are the COCO image's id with one more digit.
-        "image_key": row["question_id"][:-1],
-        "question": row["question"],
-        "answers": row["answers"],
-        "question_type": row["question_type"],
-    }
+    # OK-VQA's question ids are the COCO image's id with one more digit.
+    taken = {column: row[column] for column in ("question", "answers", "question_type")}
+    return {**taken, "id": row["question_id"], "image_key": row["question_id"][:-1]}
 
 
 OKVQA = VQADataset(
@@ -212,11 +201,9 @@ DOC_QA = VQADataset(
     elsewhere={"train": "HuggingFaceM4/DocumentVQA"},
     columns=Features(
         {
-            "questionId": STRING,
-            "question": STRING,
-            "question_types": STRINGS,
+            **dict.fromkeys(("questionId", "question", "ucsf_document_id"), STRING),
             "image": Image(),
-            "ucsf_document_id": STRING,
+            "question_types": STRINGS,
             "answers": STRINGS,
         }
     ),
@@ -294,11 +281,9 @@ OFFICIAL_TALLY_QA = replace(
     questions_column=None,
     columns=Features(
         {
+            **dict.fromkeys(("image_id", "question_id", "answer"), INT64),
             "image": Image(),
-            "image_id": INT64,
-            "question_id": INT64,
             "question": STRING,
-            "answer": INT64,
             "issimple": Value("bool"),
         }
     ),
@@ -337,12 +322,10 @@ SCIENCE_QA_IMG = VQADataset(
     elsewhere={"train": "lmms-lab/ScienceQA-IMG"},
     columns=Features(
         {
+            **dict.fromkeys(("question", "hint", "subject"), STRING),
             "image": Image(),
-            "question": STRING,
             "choices": STRINGS,
             "answer": Value("int8"),
-            "hint": STRING,
-            "subject": STRING,
         }
     ),
     convert=_convert_science_qa_img,
@@ -407,14 +390,7 @@ MMMU = VQADataset(
     unlabelled=("test",),
     image_column="image_1",
     columns=Features(
-        {
-            "id": STRING,
-            "question": STRING,
-            "options": STRING,
-            "image_1": Image(),
-            "answer": STRING,
-            "question_type": STRING,
-        }
+        {**dict.fromkeys(("id", "question", "options", "answer", "question_type"), STRING), "image_1": Image()}
     ),
     convert=_convert_mmmu,
     style="a_okvqa_mc",

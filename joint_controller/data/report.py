@@ -33,19 +33,7 @@ MAX_WRITTEN_VALUES = 100
 
 @dataclass(frozen=True)
 class DataPart:
-    """
-    The samples of one data set that a recipe uses for one purpose.
-
-    Args:
-        name (`str`):
-            Name of the data set in the recipe.
-        split (`str`):
-            Split that the samples are of.
-        role (`str`):
-            What they are used for: `"train"`, `"validation"` or `"test"`.
-        statistics ([`DatasetStatistics`]):
-            What they are.
-    """
+    """The samples of one data set and split that a recipe uses in one role: `"train"`, `"validation"` or `"test"`."""
 
     name: str
     split: str
@@ -55,19 +43,7 @@ class DataPart:
 
 @dataclass
 class ReportTable:
-    """
-    A table of text.
-
-    Args:
-        title (`str`):
-            What it shows.
-        columns (`list[str]`):
-            Names of the columns. Where they begin with those of `GROUP_COLUMNS`, a terminal shows data sets as groups.
-        rows (`list[list[str]]`):
-            Cells.
-        note (`str`, *optional*):
-            What is to be said below it.
-    """
+    """A table of text. Where its columns begin with `GROUP_COLUMNS`, a terminal shows data sets as groups."""
 
     title: str
     columns: list[str]
@@ -126,19 +102,7 @@ def make_tables(
     max_prompt_tokens: int,
     skipped_rows: SkippedRows | None = None,
 ) -> list[ReportTable]:
-    """
-    Tables of what a recipe trains on.
-
-    Args:
-        parts (`Sequence[DataPart]`):
-            What it uses, data set after data set.
-        examples (`Sequence[dict]`):
-            Some rows with the columns of `FEATURES`, images decoded.
-        max_prompt_tokens (`int`):
-            Most tokens of a prompt that the executor takes.
-        skipped_rows ([`SkippedRows`], *optional*):
-            Rows that were left out.
-    """
+    """Tables of what a recipe trains on, data set after data set, of some rows of it, and of the rows that were left out."""
     tables = [
         _samples_table(parts, skipped_rows),
         _images_table(parts),
@@ -151,13 +115,7 @@ def make_tables(
 
 
 def to_json(part: DataPart) -> dict[str, Any]:
-    """
-    A part's numbers, for a JSON file.
-
-    Args:
-        part ([`DataPart`]):
-            The part.
-    """
+    """A part's numbers, for a JSON file."""
     statistics = part.statistics
     return {
         "name": part.name,
@@ -173,23 +131,14 @@ def to_json(part: DataPart) -> dict[str, Any]:
 
 def _samples_table(parts: Sequence[DataPart], skipped_rows: SkippedRows | None) -> ReportTable:
     left_out = {} if skipped_rows is None else skipped_rows.counts()
-    return ReportTable(
-        "Samples",
-        [*GROUP_COLUMNS, "samples", "images", "left out", "refs", "style", "metric"],
-        [
-            [
-                part.name,
-                part.split,
-                f"{part.statistics.num_rows:,}",
-                f"{part.statistics.num_images:,}",
-                f"{left_out.get((part.name, part.split), 0):,}",
-                _range(part.statistics.references),
-                ", ".join(part.statistics.styles),
-                ", ".join(part.statistics.metrics),
-            ]
-            for part in parts
-        ],
-    )
+    rows = []
+    for part in parts:
+        statistics = part.statistics
+        counts = (statistics.num_rows, statistics.num_images, left_out.get((part.name, part.split), 0))
+        texts = (_range(statistics.references), ", ".join(statistics.styles), ", ".join(statistics.metrics))
+        rows.append([part.name, part.split, *(f"{count:,}" for count in counts), *texts])
+    columns = [*GROUP_COLUMNS, "samples", "images", "left out", "refs", "style", "metric"]
+    return ReportTable("Samples", columns, rows)
 
 
 def _images_table(parts: Sequence[DataPart]) -> ReportTable:
@@ -210,12 +159,9 @@ def _inputs_table(parts: Sequence[DataPart], max_prompt_tokens: int) -> ReportTa
     too_long: dict[str, list[str]] = {}  # where each of these samples is too long
     for part in parts:
         inputs = part.statistics.inputs
-        for count in next(iter(inputs.values())).counts:
-            numbers = [mean_and_range(one.counts[count]) for one in inputs.values()]
-            rows.append([part.name, part.split, count, *numbers])
-        rows.append(
-            [part.name, part.split, "prompt_tokens", *(mean_and_range(one.prompt_tokens) for one in inputs.values())]
-        )
+        numbers = [{**one.counts, "prompt_tokens": one.prompt_tokens} for one in inputs.values()]
+        for count in numbers[0]:
+            rows.append([part.name, part.split, count, *(mean_and_range(one[count]) for one in numbers)])
         if any(one.too_long for one in inputs.values()):
             rows.append([part.name, part.split, TOO_LONG, *(f"{len(one.too_long):,}" for one in inputs.values())])
         for name, one in inputs.items():
@@ -239,11 +185,8 @@ def _inputs_table(parts: Sequence[DataPart], max_prompt_tokens: int) -> ReportTa
 
 def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str) -> ReportTable:
     def most_frequent(values: Counter[str]) -> str:
-        total = values.total()
-        shares = [
-            f"{_shorten(value, MAX_VALUE_LENGTH)} ({count / total:.0%})"
-            for value, count in values.most_common(MAX_VALUES)
-        ]
+        most_common, total = values.most_common(MAX_VALUES), values.total()
+        shares = [f"{_shorten(value, MAX_VALUE_LENGTH)} ({count / total:.0%})" for value, count in most_common]
         return " · ".join([*shares, *(["…"] if len(values) > MAX_VALUES else [])])
 
     rows = []
@@ -255,30 +198,20 @@ def _values_table(title: str, parts: Sequence[DataPart], counts: str, words: str
 
 
 def _examples_table(samples: Sequence[Mapping[str, Any]]) -> ReportTable:
-    return ReportTable(
-        f"{len(samples)} training samples",
-        ["sample", "image", "question", "answers", "type"],
-        [
-            [
-                sample["sample_id"],
-                f"{sample['image'].width}×{sample['image'].height}",
-                _shorten(sample["question"], MAX_TEXT_LENGTH),
-                _shorten(format_answers(sample["answers"]), MAX_TEXT_LENGTH),
-                sample["question_type"],
-            ]
-            for sample in samples
-        ],
-    )
+    rows = []
+    for sample in samples:
+        size = f"{sample['image'].width}×{sample['image'].height}"
+        texts = (_shorten(text, MAX_TEXT_LENGTH) for text in (sample["question"], format_answers(sample["answers"])))
+        rows.append([sample["sample_id"], size, *texts, sample["question_type"]])
+    return ReportTable(f"{len(samples)} training samples", ["sample", "image", "question", "answers", "type"], rows)
 
 
 def _skipped_table(skipped_rows: SkippedRows) -> ReportTable:
+    named = list(skipped_rows)[:MAX_NAMED_ROWS]
     return ReportTable(
-        f"Rows that were left out: {min(len(skipped_rows), MAX_NAMED_ROWS):,} of {len(skipped_rows):,}",
+        f"Rows that were left out: {len(named):,} of {len(skipped_rows):,}",
         [*GROUP_COLUMNS, "row", "sample", "column", "cause"],
-        [
-            [bad.dataset, bad.split, f"{bad.row:,}", str(bad.sample_id), bad.column, bad.cause]
-            for bad in list(skipped_rows)[:MAX_NAMED_ROWS]
-        ],
+        [[bad.dataset, bad.split, f"{bad.row:,}", str(bad.sample_id), bad.column, bad.cause] for bad in named],
         skipped_rows.summary(),
     )
 

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
 from .images import MAX_IMAGE_PIXELS, MIN_IMAGE_SIDE, ImageError, check_image
-from .schema import FEATURES
+from .schema import FEATURES, cache_folder
 
 
 CHECKS_VERSION = 1
@@ -113,15 +112,8 @@ class SkippedRows:
 
 def find_fault(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """
-    What keeps a row from being used.
-
-    Args:
-        row (`dict`):
-            Columns as in `FEATURES`, with the image encoded (`datasets.Image(decode=False)`). May have one more, `defect`:
-            column and cause, "image: it is ...", of a row that was found to be bad when it was read.
-
-    Returns:
-        `tuple[str, str]` or `None`: The column at fault and the cause, or `None` if the row is good.
+    The column and the cause that keep a row from being used, or `None` if it is good. The row has the columns of
+    `ENCODED_FEATURES`, and perhaps `defect`: column and cause, "image: it is ...", of one found to be bad when it was read.
     """
     if row.get("defect") is not None:
         column, _, cause = row["defect"].partition(": ")
@@ -158,10 +150,8 @@ def keep_good_rows(
     Args:
         dataset (`datasets.Dataset`):
             A data set with the columns of `FEATURES`, and perhaps `defect` (see [`find_fault`]).
-        name (`str`):
-            Name of the data set in messages.
-        split (`str`):
-            Its split, in messages.
+        name, split (`str`):
+            Name of the data set and its split, in messages.
         rows (`Sequence[int]`, *optional*):
             Numbers that the rows had in the file they come from, by default those of `dataset`.
         skipped ([`SkippedRows`], *optional*):
@@ -214,10 +204,7 @@ def _find_faults(batch: Mapping[str, list[Any]]) -> dict[str, list[str | None]]:
 
 
 def _cache_file(encoded: Dataset) -> Path:
-    """
-    Where the faults of these rows are kept. Not with the data set, where `datasets` would put them: that folder is the
-    user's.
-    """
+    """Where the faults of these rows are kept."""
     hasher = Hasher()
     hasher.update((encoded._fingerprint, CHECKS_VERSION, MIN_IMAGE_SIDE, MAX_IMAGE_PIXELS))
     # The fingerprint says how the table was made. The files that it is in, and those of images that it only names, may
@@ -231,6 +218,4 @@ def _cache_file(encoded: Dataset) -> Path:
             hasher.update((path, None))
         else:
             hasher.update((path, status.st_size, status.st_mtime_ns))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "joint_controller"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"row-checks-{hasher.hexdigest()}.arrow"
+    return cache_folder() / f"row-checks-{hasher.hexdigest()}.arrow"

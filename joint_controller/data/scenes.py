@@ -84,19 +84,7 @@ SIDES = ("left", "right", "top", "bottom")
 
 # Weights with which types are drawn when not all are asked: those that fewer scenes allow weigh more. Fitted on 6,000
 # scenes so that with 4 questions a scene every type is asked about equally often (within a tenth).
-TYPE_WEIGHTS = {
-    "existence": 1.0,
-    "color_largest": 1.0,
-    "shape_of_color": 1.8,
-    "color_of_shape": 1.1,
-    "count": 1.0,
-    "count_color": 1.0,
-    "extreme": 1.8,
-    "nearest": 1.8,
-    "compare": 3.0,
-    "digit": 4.5,
-    "word": 4.5,
-}
+TYPE_WEIGHTS = dict(zip(QUESTION_TYPES, (1.0, 1.0, 1.8, 1.1, 1.0, 1.0, 1.8, 1.8, 3.0, 4.5, 4.5), strict=True))
 
 MIN_QUESTIONS = 4
 """Every scene allows this many questions: existence, color_largest, count and count_color can always be asked."""
@@ -162,22 +150,10 @@ SAMPLES = 4  # samples per pixel and axis when edges are smoothed
 
 @dataclass(frozen=True)
 class SceneObject:
-    """
-    A coloured object of a scene.
+    """A coloured object of a scene: its shape and colour, and its square box, in pixels."""
 
-    Args:
-        shape (`str`):
-            One of `SHAPES`.
-        color (`str`):
-            One of `COLORS`.
-        size (`int`):
-            Side of its square box, in pixels.
-        left, top (`int`):
-            First column and row of its box.
-    """
-
-    shape: str
-    color: str
+    shape: str  # one of `SHAPES`
+    color: str  # one of `COLORS`
     size: int
     left: int
     top: int
@@ -190,24 +166,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneSign:
-    """
-    A board with a text.
+    """A board with a text, in pixels."""
 
-    Args:
-        kind (`str`):
-            `"digit"` or `"word"`.
-        text (`str`):
-            The digit or the (lower-case) word; drawn in capitals.
-        text_height (`int`):
-            Height of the glyphs, in pixels.
-        width, height (`int`):
-            Size of the board, in pixels.
-        left, top (`int`):
-            First column and row of the board.
-    """
-
-    kind: str
-    text: str
+    kind: str  # "digit" or "word"
+    text: str  # the digit or the (lower-case) word; drawn in capitals
     text_height: int
     width: int
     height: int
@@ -217,21 +179,11 @@ class SceneSign:
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """
-    A question about a scene.
+    """A question about a scene."""
 
-    Args:
-        question (`str`):
-            Lower-case words separated by blanks.
-        answer (`str`):
-            One word.
-        question_type (`str`):
-            One of `QUESTION_TYPES`.
-    """
-
-    question: str
-    answer: str
-    question_type: str
+    question: str  # lower-case words separated by blanks
+    answer: str  # one word
+    question_type: str  # one of `QUESTION_TYPES`
 
 
 @dataclass(frozen=True)
@@ -273,9 +225,6 @@ def generate_scene(
         questions_per_scene (`int`, *optional*):
             Number of questions, 1 to 4, drawn so that over many scenes no type is rare (4: all types equally
             often). By default one of every type that the scene allows, in random order.
-
-    Returns:
-        [`Scene`]
 
     Raises:
         ValueError: If `size_scale` is not positive, `image_size` is below 64 or `questions_per_scene` is not in 1–4.
@@ -456,7 +405,6 @@ def _background(rng: random.Random, image_size: int) -> np.ndarray:
 
 
 def _tint(rng: random.Random) -> np.ndarray:
-    """A muted colour: (3,)."""
     lightness = rng.randint(*TINT_LIGHTNESS)
     return np.array([lightness + rng.randint(-TINT_CHROMA, TINT_CHROMA) for _ in range(3)])
 
@@ -527,6 +475,8 @@ def _inside_polygon(corners: tuple[tuple[float, float], ...], x: np.ndarray, y: 
 
 # ---- ask ------------------------------------------------------------------------------------------------------------
 
+Asked = tuple[dict[str, str], str]
+
 
 def _ask(
     rng: random.Random,
@@ -537,19 +487,25 @@ def _ask(
 ) -> tuple[SceneQuestion, ...]:
     """Asks one question of every type that the scene allows and keeps as many as wanted, in random order."""
     margin = CLEAR_MARGIN * image_size
-    asked = {
-        "existence": _ask_existence(rng, objects),
-        "color_largest": _ask_color_largest(objects),
-        "shape_of_color": _ask_shape_of_color(rng, objects),
-        "color_of_shape": _ask_color_of_shape(rng, objects),
-        "count": _ask_count(objects),
-        "count_color": _ask_count_color(rng, objects),
+    counts = Counter(item.color for item in objects)
+    # By type: the words that fill its template and the answer, or None where the scene does not allow a question of it.
+    asked: dict[str, Asked | None] = {
+        "existence": _ask_existence(rng, counts),
+        # Needs little: the largest patch of colour is seen in a small image too.
+        "color_largest": ({}, max(objects, key=lambda item: item.size).color),
+        # Need resolution: small outlines blur into each other.
+        "shape_of_color": _ask_unique(rng, objects, "color", "shape"),
+        "color_of_shape": _ask_unique(rng, objects, "shape", "color"),
+        # Needs some resolution and depth: objects of all colours, told from background and sign, are added up.
+        "count": ({}, str(len(objects))),
+        "count_color": _ask_count_color(rng, counts),
         "extreme": _ask_extreme(rng, objects, margin),
         "nearest": _ask_nearest(rng, objects, margin),
-        "compare": _ask_compare(rng, objects),
-        "digit": _ask_sign(sign, "digit"),
-        "word": _ask_sign(sign, "word"),
+        "compare": _ask_compare(rng, counts),
     }
+    if sign is not None:
+        # Needs resolution: glyphs are read. The project's stand-in for questions about text in images.
+        asked[sign.kind] = ({}, sign.text)
     questions = [
         SceneQuestion(TEMPLATES[question_type].format(**filled[0]), filled[1], question_type)
         for question_type, filled in asked.items()
@@ -560,54 +516,26 @@ def _ask(
     return tuple(questions[:questions_per_scene])
 
 
-# Each function below returns the words that fill its type's template and the answer, or None where the scene does not
-# allow a question of the type.
-Asked = tuple[dict[str, str], str]
-
-
-def _count_colors(objects: tuple[SceneObject, ...]) -> Counter:
-    return Counter(item.color for item in objects)
-
-
-def _choose_unique(rng: random.Random, objects: tuple[SceneObject, ...], values: list[str]) -> SceneObject | None:
-    """An object whose value no other object has, or None where there is none."""
-    unique = [item for item, value in zip(objects, values, strict=True) if values.count(value) == 1]
-    return rng.choice(unique) if unique else None
-
-
-def _ask_existence(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked:
+def _ask_existence(rng: random.Random, counts: Counter[str]) -> Asked:
     """Needs little: whether a colour occurs anywhere. Half of the answers are yes."""
-    present = list(_count_colors(objects))
     answer = rng.choice(("yes", "no"))
-    candidates = present if answer == "yes" else [color for color in COLORS if color not in present]
+    candidates = list(counts) if answer == "yes" else [color for color in COLORS if color not in counts]
     return {"color": rng.choice(candidates)}, answer
 
 
-def _ask_color_largest(objects: tuple[SceneObject, ...]) -> Asked:
-    """Needs little: the largest patch of colour is seen in a small image too."""
-    return {}, max(objects, key=lambda item: item.size).color
+def _ask_unique(rng: random.Random, objects: tuple[SceneObject, ...], known: str, asked: str) -> Asked | None:
+    """One attribute of an object by another one, which no other object shares."""
+    values = [(vars(item)[known], vars(item)[asked]) for item in objects]
+    frequency = Counter(value for value, _ in values)
+    unique = [pair for pair in values if frequency[pair[0]] == 1]
+    if not unique:
+        return None
+    value, answer = rng.choice(unique)
+    return {known: value}, answer
 
 
-def _ask_shape_of_color(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
-    """Needs resolution: small outlines blur into each other. The colour occurs once."""
-    item = _choose_unique(rng, objects, [item.color for item in objects])
-    return item and ({"color": item.color}, item.shape)
-
-
-def _ask_color_of_shape(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
-    """Needs resolution, to find the one object of that shape; then its colour is easy."""
-    item = _choose_unique(rng, objects, [item.shape for item in objects])
-    return item and ({"shape": item.shape}, item.color)
-
-
-def _ask_count(objects: tuple[SceneObject, ...]) -> Asked:
-    """Needs some resolution and depth: objects of all colours, told from background and sign, are added up."""
-    return {}, str(len(objects))
-
-
-def _ask_count_color(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked:
+def _ask_count_color(rng: random.Random, counts: Counter[str]) -> Asked:
     """Needs some resolution and depth: objects of one colour, often the most frequent one, are added up."""
-    counts = _count_colors(objects)
     if rng.random() < ABSENT_COLOR_PROBABILITY:
         return {"color": rng.choice([color for color in COLORS if color not in counts])}, "0"
     # First the answer, the higher the likelier, then the colour: else most answers would be 1.
@@ -649,9 +577,8 @@ def _ask_nearest(rng: random.Random, objects: tuple[SceneObject, ...], margin: f
     return {"color": item.color, "shape": item.shape}, color
 
 
-def _ask_compare(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
+def _ask_compare(rng: random.Random, counts: Counter[str]) -> Asked | None:
     """Needs depth: two counts are compared. Both colours occur, not equally often; half of the answers are yes."""
-    counts = _count_colors(objects)
     pairs = [(more, less) for more in counts for less in counts if counts[more] > counts[less]]
     if not pairs:
         return None
@@ -659,10 +586,3 @@ def _ask_compare(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked 
     if rng.random() < 0.5:
         return {"color": more, "other": less}, "yes"
     return {"color": less, "other": more}, "no"
-
-
-def _ask_sign(sign: SceneSign | None, kind: str) -> Asked | None:
-    """Needs resolution: glyphs are read. The project's stand-in for questions about text in images."""
-    if sign is None or sign.kind != kind:
-        return None
-    return {}, sign.text

@@ -1,8 +1,10 @@
 """The one schema of all data sets."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 
 
@@ -37,30 +39,23 @@ DEFAULTS = {"style": DEFAULT_STYLE, "metric": DEFAULT_METRIC, "question_type": D
 STRING_TYPES = (Value("string"), Value("large_string"))
 
 
-def check_split(split: str) -> None:
-    """
-    Refuses a split that no data set has.
+def cache_folder() -> Path:
+    """Where this package keeps what it makes of data sets: not in their folders, which are the user's."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "joint_controller"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
-    Raises:
-        ValueError: If the split is not `"train"`, `"validation"` or `"test"`.
-    """
+
+def check_split(split: str) -> None:
+    """Refuses a split that no data set has."""
     if split not in SPLITS:
         raise ValueError(f"there is no split '{split}': choose one of {list(SPLITS)}.")
 
 
 def check_columns(features: Features, name: str) -> None:
     """
-    Refuses a table that cannot be brought to the columns of `FEATURES`.
-
-    Args:
-        features (`datasets.Features`):
-            Columns of the table: at least `image` (an image, its bytes or its path), `question` (a string) and `answers` (a
-            list of strings).
-        name (`str`):
-            Name of the data set in error messages.
-
-    Raises:
-        ValueError: If a column is missing or has another type.
+    Refuses a table that cannot be brought to the columns of `FEATURES`: it has at least `image` (an image, its bytes or its
+    path), `question` (a string) and `answers` (a list of strings).
     """
     for column in REQUIRED_COLUMNS:
         if column not in features:
@@ -89,18 +84,8 @@ def check_columns(features: Features, name: str) -> None:
 
 def conform_to_schema(dataset: Dataset, name: str) -> Dataset:
     """
-    Brings a data set to the columns of `FEATURES`: fills in those that have a default and drops unknown ones.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Has at least the columns `sample_id` and those that [`check_columns`] asks for. `style` becomes `"vqa2"`,
-            `metric` `"vqa_accuracy"` and `question_type` `"unknown"` where it is missing. A column `defect` stays: why a row
-            cannot be used.
-        name (`str`):
-            Name of the data set in error messages.
-
-    Raises:
-        ValueError: If a column is missing, has another type, or a sample id occurs twice.
+    Brings a data set to the columns of `FEATURES`: fills in those of `DEFAULTS` and drops unknown ones. A column `defect`
+    stays: why a row cannot be used. Refuses a missing column, one of another type, and a sample id that occurs twice.
     """
     check_columns(dataset.features, name)
     for column, value in DEFAULTS.items():
@@ -130,16 +115,7 @@ def conform_to_schema(dataset: Dataset, name: str) -> Dataset:
 
 
 def conform_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Does for one row of a stream what [`conform_to_schema`] does for a table.
-
-    Args:
-        row (`dict`):
-            Has `sample_id` and the columns that [`check_columns`] asks for; the image is not decoded.
-
-    Returns:
-        `dict`: The columns of `FEATURES`, the image as `bytes` and `path`, and `defect` if the row has it.
-    """
+    """Does for one row of a stream what [`conform_to_schema`] does for a table. The image becomes `bytes` and `path`."""
     conformed = {**DEFAULTS, **{column: row[column] for column in (*FEATURES, "defect") if column in row}}
     image = row["image"]
     if isinstance(image, bytes):

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 import fsspec
 import pyarrow.parquet as pq
 from datasets import (
@@ -28,7 +27,7 @@ from datasets.fingerprint import Hasher
 
 from .official_files import OFFICIAL_FILES, find_official_split, read_official_split
 from .registry import VQA_DATASETS, VQADataset
-from .schema import DEFAULT_QUESTION_TYPE, ENCODED_FEATURES, SPLITS
+from .schema import DEFAULT_QUESTION_TYPE, ENCODED_FEATURES, SPLITS, cache_folder
 from .splits import ROLES, SplitPart, is_image_in_part, select_part, select_rows
 
 
@@ -95,25 +94,32 @@ def read_source(name_or_path: str, split: str = "train", streaming: bool = False
     """
     part = SplitPart.parse(split)
     entry, path = _parse_name(name_or_path)
-    if entry is None:
-        return _read_own(path, part, streaming)
+    rows = _read_own(path, part, streaming) if entry is None else _read_published(entry, path, part, streaming)
+    if streaming and isinstance(rows, Dataset):
+        return rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows)))
+    return rows
+
+
+def _read_published(
+    entry: VQADataset, path: Path | None, part: SplitPart, streaming: bool
+) -> Dataset | IterableDataset:
+    """Reads a split of a named data set, from the Hub where no path is given."""
     role = ROLES.get(part.name, part.name)
-    where = f"'{entry.repository}' on the Hub" if path is None else f"'{path}'"
     if role not in entry.splits:
+        without = {role: " (without answers)" for role in entry.unlabelled}
+        splits = ", ".join(f"'{name}'{without.get(role, '')}" for role, name in entry.splits.items())
         raise ValueError(
-            f"data set '{entry.name}' has no split '{part.name}': it was published with {_describe_splits(entry)}. "
-            f"{_part_hint(entry)}"
+            f"data set '{entry.name}' has no split '{part.name}': it was published with {splits}. {_part_hint(entry)}"
         )
     if path is None:
-        published = _read_hub(entry, role, streaming)
+        where, published = f"'{entry.repository}' on the Hub", _read_hub(entry, role, streaming)
     else:
-        entry, published = _read_named(entry, path, role, streaming)
+        where = f"'{path}'"
+        entry, published = _read_folder(entry, path, role, streaming)
     if isinstance(published, IterableDataset):
         rows = _convert_streamed(entry, role, published, part)
     else:
         rows = _convert_table(entry, role, published, part, where)
-        if streaming:
-            rows = rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows)))
     if role in entry.unlabelled and not any(answer and answer.strip() for answer in next(iter(rows))["answers"]):
         raise _no_answers(entry, role)
     return rows
@@ -139,11 +145,6 @@ def _parse_name(name_or_path: str) -> tuple[VQADataset | None, Path | None]:
             "`save_to_disk`, of a Parquet file, or of a folder of Parquet files."
         )
     return None, Path(name_or_path).expanduser()
-
-
-def _describe_splits(entry: VQADataset) -> str:
-    without = {role: " (without answers)" for role in entry.unlabelled}
-    return ", ".join(f"'{name}'{without.get(role, '')}" for role, name in entry.splits.items())
 
 
 def _no_answers(entry: VQADataset, role: str) -> ValueError:
@@ -182,13 +183,14 @@ def _read_hub(entry: VQADataset, role: str, streaming: bool) -> Dataset | Iterab
     except _PublishedSchemaError:
         raise
     except (OSError, ValueError, DatasetGenerationError) as error:
+        cause = " ".join(str(error).split())
         raise ValueError(
-            f"data set '{entry.name}' cannot be read from '{repository}' on the Hub ({_one_line(error)}): without a "
+            f"data set '{entry.name}' cannot be read from '{repository}' on the Hub ({cause}): without a "
             f"connection, give a folder that holds it, as '{entry.name}=path/to/folder'."
         ) from error
 
 
-def _read_named(
+def _read_folder(
     entry: VQADataset, path: Path, role: str, streaming: bool
 ) -> tuple[VQADataset, Dataset | IterableDataset]:
     """Reads a published split from a local file or folder, and says in which of its schemas it is."""
@@ -206,8 +208,6 @@ def _read_named(
     official = find_official_split(entry.name, role, path)
     if official is not None:
         return official.split.entry, read_official_split(official)
-
-    message = f"data set '{entry.name}' in '{path}' has no split '{entry.splits[role]}'"
     if role in entry.unlabelled:
         raise _no_answers(entry, role)
     looked_for = [
@@ -217,15 +217,14 @@ def _read_named(
         looked_for.append(f"the official {OFFICIAL_FILES[entry.name][role].describe()}, there or in a folder there")
     has = [*saved, *files]
     raise ValueError(
-        f"{message}{f' (it has {has})' if has else ''}: it was looked for as a folder written by `save_to_disk`, as "
-        f"{' and as '.join(looked_for)}. {_part_hint(entry)}"
+        f"data set '{entry.name}' in '{path}' has no split '{entry.splits[role]}'{f' (it has {has})' if has else ''}: it was "
+        f"looked for as a folder written by `save_to_disk`, as {' and as '.join(looked_for)}. {_part_hint(entry)}"
     )
 
 
 def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | IterableDataset:
     """Reads a split of a data set in our own schema."""
-    saved = _find_saved(path)
-    files = _find_parquet(path, None)
+    saved, files = _find_saved(path), _find_parquet(path, None)
     found = saved or files
     if not found:
         raise ValueError(
@@ -245,18 +244,14 @@ def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | Iterabl
             raise ValueError(f"data set '{path}' has no split '{name}' (it has {list(found)}): {remedy}")
         name = names[0]
     prefix = f"{path.resolve().name.removesuffix('.parquet')}/{part.name}"
-    if saved:
-        rows = _load_saved(path, name)
-    else:
-        rows = _load_parquet(path, files[name], streaming, prefix=prefix)
+    rows = _load_saved(path, name) if saved else _load_parquet(path, files[name], streaming, prefix=prefix)
     if isinstance(rows, IterableDataset):
         return rows if part.is_whole else rows.filter(is_image_in_part, fn_kwargs={"part": part})
     if isinstance(rows.features.get("image"), Image):
         rows = rows.cast_column("image", ENCODED_IMAGE)
     if "sample_id" not in rows.column_names:
         rows = rows.add_column("sample_id", [f"{prefix}/{row:06d}" for row in range(len(rows))])
-    rows = select_part(rows, part, str(path))
-    return rows.to_iterable_dataset(num_shards=min(NUM_STREAMING_SHARDS, len(rows))) if streaming else rows
+    return select_part(rows, part, str(path))
 
 
 # ---- folders written by `save_to_disk` ------------------------------------------------------------------------------
@@ -264,11 +259,12 @@ def _read_own(path: Path, part: SplitPart, streaming: bool) -> Dataset | Iterabl
 
 def _find_saved(path: Path) -> list[str]:
     """Names of the splits of a folder written by `save_to_disk`; none if it is another folder."""
-    if (path / "dataset_dict.json").is_file():
-        return json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    if (path / "state.json").is_file():
+    splits, state = path / "dataset_dict.json", path / "state.json"
+    if splits.is_file():
+        return json.loads(splits.read_text(encoding="utf-8"))["splits"]
+    if state.is_file():
         # One that was loaded as "validation[:10%]" is still of the split `validation`.
-        split = json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split") or "train"
+        split = json.loads(state.read_text(encoding="utf-8")).get("_split") or "train"
         return [split.partition("[")[0]]
     return []
 
@@ -288,10 +284,8 @@ def _parquet_folders(path: Path, entry: VQADataset | None) -> list[Path]:
 
 def _find_parquet(path: Path, entry: VQADataset | None) -> dict[str, list[Path]]:
     """The Parquet files of each split, in order: those of the first folder that has some."""
-    if path.is_file():
-        candidates = [[path]]
-    else:
-        candidates = [sorted(folder.glob("*.parquet")) for folder in _parquet_folders(path, entry)]
+    folders = _parquet_folders(path, entry)
+    candidates = [[path]] if path.is_file() else [sorted(folder.glob("*.parquet")) for folder in folders]
     splits: dict[str, list[Path]] = {}
     for file in next((files for files in candidates if files), []):
         if file.suffix == ".parquet":
@@ -328,8 +322,9 @@ def _load_parquet(
         raise
     # A ValueError is what `datasets` and Arrow raise for files without rows and for files of other kinds.
     except (OSError, ValueError, DatasetGenerationError) as error:
+        cause = " ".join(str(error).split())
         raise ValueError(
-            f"data set '{path}' cannot be read ({_one_line(error)}): its Parquet files must be whole, hold rows and "
+            f"data set '{path}' cannot be read ({cause}): its Parquet files must be whole, hold rows and "
             "have one schema."
         ) from error
 
@@ -415,13 +410,9 @@ def _check_published(entry: VQADataset, role: str | None, features: Mapping[str,
 
 
 def _has_type(actual: Any, expected: Any) -> bool:
-    """
-    Whether a column holds what the published one does. Widths do not matter, nor whether a number, which is an id or a
-    count, is written as a string.
-    """
+    """Whether a column holds what the published one does: of any width, and numbers, which are ids or counts, as strings."""
     if isinstance(expected, Image):
-        is_struct = isinstance(actual, dict) and set(actual) == {"bytes", "path"}
-        return isinstance(actual, Image) or is_struct
+        return isinstance(actual, Image) or (isinstance(actual, dict) and set(actual) == {"bytes", "path"})
     if isinstance(expected, List):
         return isinstance(actual, List) and _has_type(actual.feature, expected.feature)
     if isinstance(expected, dict):
@@ -441,10 +432,8 @@ def _convert_table(entry: VQADataset, role: str, published: Dataset, part: Split
     if not len(published):
         raise ValueError(f"data set '{entry.name}' in {where} has no rows in '{entry.splits[role]}'.")
     _check_published(entry, role, published.features, where)
-    # Not in the folder of the data, where `datasets` would put it: that is the user's.
     fingerprint = Hasher.hash((published._fingerprint, entry.name, role, CONVERSION_VERSION))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "joint_controller"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder()
     texts = published.select_columns(entry.text_columns).map(
         _convert_batch,
         with_indices=True,
@@ -533,7 +522,3 @@ def _convert_batch(
             converted[_ROW].append(number)
             converted[_IMAGE_KEY].append(row.get("image_key"))
     return converted
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

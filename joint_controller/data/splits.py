@@ -24,10 +24,8 @@ class SplitPart:
     Args:
         name (`str`):
             Name of the split.
-        start (`int`, *optional*, defaults to 0):
-            Where the part begins, in percent of the images.
-        stop (`int`, *optional*, defaults to 100):
-            Where it ends.
+        start, stop (`int`, *optional*, default to 0 and 100):
+            Where the part begins and ends, in percent of the images.
     """
 
     name: str
@@ -36,12 +34,7 @@ class SplitPart:
 
     @classmethod
     def parse(cls, split: str) -> "SplitPart":
-        """
-        Reads "train", or "train[:90%]" and the like.
-
-        Raises:
-            ValueError: If it is neither.
-        """
+        """Reads "train", or "train[:90%]" and the like; anything else is a `ValueError`."""
         match = _SPLIT.fullmatch(split)
         part = match and cls(match["name"], int(match["start"] or 0), int(match["stop"] or 100))
         if not part or not 0 <= part.start < part.stop <= 100:
@@ -72,21 +65,7 @@ class SplitPart:
 
 
 def select_part(dataset: Dataset, part: SplitPart, name: str) -> Dataset:
-    """
-    The rows of a data set whose images belong to a part. What names an image is its bytes, or, where a row has the path of
-    a file, the file's name.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Rows of the split `part.name`, with a column `image`.
-        part ([`SplitPart`]):
-            The part.
-        name (`str`):
-            Name of the data set in messages.
-
-    Raises:
-        ValueError: If no image belongs to the part.
-    """
+    """The rows of a data set whose images belong to a part, see [`is_image_in_part`]."""
     if part.is_whole:
         return dataset
     images = dataset.select_columns("image").cast_column("image", Image(decode=False))
@@ -94,12 +73,7 @@ def select_part(dataset: Dataset, part: SplitPart, name: str) -> Dataset:
 
 
 def select_rows(dataset: Dataset, rows: Sequence[int], part: SplitPart, name: str) -> Dataset:
-    """
-    The rows of a data set that were found to be in a part.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The rows of a data set that were found to be in a part, of which there must be some."""
     if not rows:
         raise ValueError(f"data set '{name}' has no image in the part {part.start}% to {part.stop}% of '{part.name}'.")
     return dataset.select(rows)
@@ -107,14 +81,8 @@ def select_rows(dataset: Dataset, rows: Sequence[int], part: SplitPart, name: st
 
 def is_image_in_part(row: Mapping[str, Any], part: SplitPart) -> bool:
     """
-    Whether a row's image belongs to a part, by what tells images apart: its bytes, or, where a row has the path of a file,
-    the file's name.
-
-    Args:
-        row (`dict`):
-            Has a column `image`: not decoded, or bytes, or a path.
-        part ([`SplitPart`]):
-            The part.
+    Whether a row's image (not decoded, bytes, or a path) belongs to a part, by what tells images apart: its bytes, or, where
+    a row has the path of a file, the file's name.
     """
     image = row["image"]
     encoded = image if isinstance(image, bytes) else isinstance(image, Mapping) and image["bytes"]

@@ -20,13 +20,7 @@ READ_BATCH_SIZE = 64
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
-    """
-    Least, median, mean, 95th percentile and largest of some numbers.
-
-    Args:
-        values (`Sequence[float]`):
-            One or more numbers.
-    """
+    """Least, median, mean, 95th percentile and largest of one or more numbers."""
     values = np.asarray(values)
     return {
         "min": values.min().item(),
@@ -40,15 +34,8 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
 @dataclass(frozen=True)
 class InputStatistics:
     """
-    What the executor is given for the rows of a data set at one combination of values of the knobs that stage 1 decides.
-
-    Args:
-        counts (`dict[str, dict[str, float]]`):
-            [`summarize`] of each of the executor's counts.
-        prompt_tokens (`dict[str, float]`):
-            [`summarize`] of the lengths of the prompts: the sum of the counts that end in `_tokens`.
-        too_long (`list[str]`):
-            Sample ids of the prompts that are longer than the executor takes.
+    What the executor is given for the rows of a data set at one combination of values of the knobs that stage 1 decides:
+    [`summarize`] of each of its counts and of the lengths of the prompts, and the ids of the samples with too long a prompt.
     """
 
     counts: dict[str, dict[str, float]]
@@ -58,53 +45,25 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """
-    Counts over the rows of a data set.
-
-    Args:
-        num_rows (`int`):
-            Rows.
-        num_images (`int`):
-            Different images.
-        image_sizes (`Counter[tuple[int, int]]`):
-            Rows with an image of each width and height.
-        answers (`Counter[str]`):
-            Rows with each answer, a row's answer being its most frequent reference (the first of equally frequent ones).
-        references (`dict[str, float]`):
-            [`summarize`] of the number of references of a row.
-        answer_words, question_words (`dict[str, float]`):
-            [`summarize`] of the words of an answer and of a question.
-        question_types, metrics, styles (`Counter[str]`):
-            Rows with each value of these columns.
-        inputs (`dict[str, InputStatistics]`):
-            What the executor is given at each combination of stage 1's knobs, by its name, e.g. `"tier=low"`.
-    """
+    """Counts over the rows of a data set; where these are `dict[str, float]`, as [`summarize`] gives them."""
 
     num_rows: int
-    num_images: int
-    image_sizes: Counter[tuple[int, int]]
-    answers: Counter[str]
+    num_images: int  # different ones
+    image_sizes: Counter[tuple[int, int]]  # rows with an image of each width and height
+    answers: Counter[str]  # rows by their most frequent reference (the first of equally frequent ones)
     references: dict[str, float]
     answer_words: dict[str, float]
     question_words: dict[str, float]
     question_types: Counter[str]
     metrics: Counter[str]
     styles: Counter[str]
-    inputs: dict[str, InputStatistics]
+    inputs: dict[str, InputStatistics]  # by combination of stage 1's knobs, e.g. "tier=low"
 
 
 def describe_dataset(dataset: Dataset, counter: InputCounter) -> DatasetStatistics:
     """
-    Counts what the rows of a data set hold, and what an executor will be given for them.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Columns as in `FEATURES`, one row or more.
-        counter ([`InputCounter`]):
-            Of the executor.
-
-    Raises:
-        ValueError: If there are no rows, or a row has a style that the executor does not know.
+    Counts what the rows of a data set (columns as in `FEATURES`) hold, and what the executor of the counter will be given
+    for them. Refuses a data set without rows, and a style that the executor does not know.
     """
     if len(dataset) == 0:
         raise ValueError("the data set has no rows.")
@@ -129,6 +88,18 @@ def describe_dataset(dataset: Dataset, counter: InputCounter) -> DatasetStatisti
     references = dataset["answers"][:]
     answers = Counter(Counter(row).most_common(1)[0][0] for row in references)
     sample_ids = dataset["sample_id"][:]
+
+    def describe_inputs(position: int) -> InputStatistics:
+        values = {name: [row[name][position] for row in counts] for name in counter.count_names}
+        token_counts = [values[name] for name in values if name.endswith("_tokens")]
+        prompt_tokens = [sum(row) for row in zip(*token_counts, strict=True)]
+        lengths = zip(sample_ids, prompt_tokens, strict=True)
+        return InputStatistics(
+            counts={name: summarize(values[name]) for name in values},
+            prompt_tokens=summarize(prompt_tokens),
+            too_long=[sample_id for sample_id, length in lengths if length > counter.max_prompt_tokens],
+        )
+
     return DatasetStatistics(
         num_rows=len(dataset),
         num_images=len(images),
@@ -140,14 +111,7 @@ def describe_dataset(dataset: Dataset, counter: InputCounter) -> DatasetStatisti
         question_types=Counter(dataset["question_type"]),
         metrics=Counter(dataset["metric"]),
         styles=Counter(dataset["style"]),
-        inputs={
-            name: _describe_inputs(
-                {count: [row[count][position] for row in counts] for count in counter.count_names},
-                sample_ids,
-                counter.max_prompt_tokens,
-            )
-            for position, name in enumerate(settings)
-        },
+        inputs={name: describe_inputs(position) for position, name in enumerate(settings)},
     )
 
 
@@ -159,17 +123,3 @@ def _settings_of_stage_1(space: KnobSpace) -> dict[str, KnobSetting]:
         for values in itertools.product(*(knob.values for knob in knobs))
     ]
     return {str(KnobSetting(values)) or "any setting": KnobSetting({**space.full, **values}) for values in chosen}
-
-
-def _describe_inputs(counts: dict[str, list[int]], sample_ids: list[str], max_prompt_tokens: int) -> InputStatistics:
-    token_counts = [values for name, values in counts.items() if name.endswith("_tokens")]
-    prompt_tokens = [sum(row) for row in zip(*token_counts, strict=True)]
-    return InputStatistics(
-        counts={name: summarize(values) for name, values in counts.items()},
-        prompt_tokens=summarize(prompt_tokens),
-        too_long=[
-            sample_id
-            for sample_id, length in zip(sample_ids, prompt_tokens, strict=True)
-            if length > max_prompt_tokens
-        ],
-    )

@@ -5,10 +5,9 @@ from typing import Any
 
 from datasets import Dataset, Image, IterableDataset
 
-from .easy_vqa import load_easy_vqa
+from .built_in import load_easy_vqa, load_scenes
 from .mixture import check_mixture, interleave_streams
 from .row_checks import BadRow, SkippedRows, find_fault, refusal
-from .scene_dataset import load_scenes
 from .schema import ENCODED_FEATURES, FEATURES, check_columns, conform_row
 from .sources import read_source
 
@@ -28,19 +27,8 @@ def stream_vqa_datasets(
     `weights`, the data set of the next sample is drawn by weight, and an epoch ends when the first data set has run out.
     With `max_samples`, an epoch ends after that many samples, and each has the same ones, the first.
 
-    Args:
-        names (`Sequence[str]`):
-            Names or paths, as for [`~joint_controller.data.load_vqa_dataset`].
-        split (`str`, *optional*, defaults to `"train"`):
-            The split.
-        max_samples (`int`, *optional*):
-            At most this many samples in total.
-        seed (`int`, *optional*, defaults to 42):
-            Chooses from which data set the next sample is, where there are weights.
-        weights (`Sequence[float]`, *optional*):
-            One positive number for each data set. Only their ratios count.
-        skipped_rows ([`SkippedRows`], *optional*):
-            Where bad rows are counted and listed, and then left out. By default a bad row is an error when its turn comes.
+    Args are those of [`~joint_controller.data.load_vqa_datasets`]; `seed` chooses from which data set the next sample is,
+    where there are weights. Without `skipped_rows`, a bad row is an error when its turn comes.
 
     Returns:
         `datasets.IterableDataset`: Columns as in `ENCODED_FEATURES`: images are not decoded (see
@@ -88,18 +76,7 @@ def _good_rows(
 
 
 def take_rows(dataset: Dataset | IterableDataset, num_rows: int) -> Dataset:
-    """
-    The first rows of a data set, or the head of a stream, as a data set.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            With the columns of `FEATURES`.
-        num_rows (`int`):
-            At most this many.
-
-    Returns:
-        `datasets.Dataset`: As many as there are.
-    """
+    """The first rows of a data set or stream with the columns of `FEATURES`, at most `num_rows`, as a data set."""
     if isinstance(dataset, Dataset):
         return dataset.select(range(min(num_rows, len(dataset))))
     return Dataset.from_list(list(dataset.take(num_rows)), features=FEATURES)

@@ -49,7 +49,21 @@ class AnswerMetric(evaluate.Metric, ABC):
     @staticmethod
     @abstractmethod
     def score(prediction: str, references: Sequence[str]) -> float:
-        """The score of one answer."""
+        """
+        The score of one answer.
+
+        Args:
+            prediction (`str`):
+                The answer.
+            references (`Sequence[str]`):
+                What the metric compares it with (`AnswerMetric.references` of its class).
+
+        Returns:
+            `float`: From 0 to `highest`.
+
+        Raises:
+            ValueError: If there is no reference, or `references` is one string.
+        """
 
     def scores(self, predictions: list[str], references: list[list[str]]) -> list[float]:
         """The scores of several answers."""
@@ -80,16 +94,8 @@ class AnswerMetric(evaluate.Metric, ABC):
 
 def check_references(owner: str, references: Sequence[str]) -> None:
     """
-    Refuses references that an answer cannot be scored by.
-
-    Args:
-        owner (`str`):
-            What they are for, in the message.
-        references (`Sequence[str]`):
-            The references.
-
-    Raises:
-        ValueError: If there is no reference, or `references` is one string.
+    Refuses references that an answer cannot be scored by: none, or one string. `owner` is what they are for, in the
+    message.
     """
     if isinstance(references, str):
         raise ValueError(f"`references` is the string {references!r}: give a list of answers.")

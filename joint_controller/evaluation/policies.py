@@ -14,13 +14,7 @@ from ..latency import Guardrail, settings_that_fit
 
 
 class Policy(Protocol):
-    """
-    Anything with a name and a choice of settings.
-
-    Attributes:
-        name (`str`):
-            Name in tables and files.
-    """
+    """Anything with a choice of settings, and a name in tables and files."""
 
     name: str
 
@@ -73,15 +67,7 @@ class ControllerPolicy:
 
 
 class StaticPolicy:
-    """
-    One setting for all requests.
-
-    Args:
-        setting ([`KnobSetting`]):
-            The setting.
-        name (`str`):
-            Name in tables.
-    """
+    """One setting for all requests; `name` is its name in tables."""
 
     def __init__(self, setting: KnobSetting, name: str):
         self.setting = setting
@@ -93,18 +79,14 @@ class StaticPolicy:
 
 class BestStaticPolicy:
     """
-    One setting for all requests of a budget: the best one on training samples.
-
-    Args:
-        best (`Callable[[float], KnobSetting]`):
-            Gives the best setting under a budget in ms, e.g. [`StaticSettings.best`].
-        name (`str`, *optional*, defaults to `"best static"`):
-            Name in tables.
+    One setting for all requests of a budget: what `best` gives for a budget in ms, e.g. [`StaticSettings.best`], which
+    was chosen on training samples.
     """
 
-    def __init__(self, best: Callable[[float], KnobSetting], name: str = "best static"):
+    name = "best static"
+
+    def __init__(self, best: Callable[[float], KnobSetting]):
         self.best = best
-        self.name = name
 
     def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
         return [self.best(latency_budget_ms)] * len(samples)
@@ -112,21 +94,15 @@ class BestStaticPolicy:
 
 class RandomPolicy:
     """
-    A uniformly random setting for each request, whatever its budget.
-
-    Args:
-        space ([`KnobSpace`]):
-            Settings to choose from.
-        seed (`int`, *optional*, defaults to 42):
-            Seed. A sample gets the same setting under every budget, so that budgets are compared on equal terms.
-        name (`str`, *optional*, defaults to `"random"`):
-            Name in tables.
+    A uniformly random setting for each request, whatever its budget. A sample gets the same setting under every
+    budget, so that budgets are compared on equal terms.
     """
 
-    def __init__(self, space: KnobSpace, seed: int = 42, name: str = "random"):
-        self.settings = list(space)
+    name = "random"
+
+    def __init__(self, space: KnobSpace, seed: int = 42):
+        self.settings = space.settings
         self.seed = seed
-        self.name = name
 
     def choose(self, samples: Sequence[Mapping[str, Any]], latency_budget_ms: float) -> list[KnobSetting]:
         choices = np.random.default_rng(self.seed).integers(len(self.settings), size=len(samples))

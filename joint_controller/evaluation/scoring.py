@@ -49,17 +49,9 @@ def score_answer(metric: str, prediction: str, answers: Sequence[str]) -> float:
 
 def check_metrics(metrics: Iterable[str], sample_ids: Iterable[str]) -> None:
     """
-    Refuses rows that cannot be scored because of their metric, so that a run fails before its first answer.
-
-    Args:
-        metrics (`Iterable[str]`):
-            Column `metric` of some rows.
-        sample_ids (`Iterable[str]`):
-            Column `sample_id` of the same rows.
-
-    Raises:
-        ValueError: If a metric is unknown.
-        ModuleNotFoundError: If a metric needs a package that is not installed.
+    Refuses rows that cannot be scored because of their metric, so that a run fails before its first answer: the metric
+    is unknown (`ValueError`), or needs a package that is not installed (`ModuleNotFoundError`). `metrics` and
+    `sample_ids` are columns of the rows.
     """
     for metric, sample_id in dict(zip(metrics, sample_ids, strict=True)).items():
         try:

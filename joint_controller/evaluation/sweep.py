@@ -30,22 +30,14 @@ class SweepRow:
     Args:
         policy (`str`):
             Name of the policy.
-        latency_budget_ms (`float`):
-            Budget of every request, in ms.
-        budget_fraction (`float`):
-            Budget as a fraction of the full setting's mean latency.
-        reward (`float`):
-            Mean reward.
-        accuracy (`float`):
-            Mean accuracy.
-        latency_ms (`float`):
-            Mean estimated latency, in ms.
+        latency_budget_ms, budget_fraction (`float`):
+            Budget of every request, in ms and as a fraction of the full setting's mean latency.
+        reward, accuracy, latency_ms (`float`):
+            Means over the requests; the latency is estimated.
         budget_violation_rate (`float`):
             Share of requests whose estimated latency exceeds the budget.
-        most_common_setting (`str`):
-            Setting that was chosen most often.
-        most_common_share (`float`):
-            How often.
+        most_common_setting (`str`), most_common_share (`float`):
+            Setting that was chosen most often, and how often.
         num_samples (`int`):
             Requests.
     """
@@ -64,19 +56,8 @@ class SweepRow:
 
 class StaticSettings:
     """
-    Outcomes of every setting on the same samples, from which the best static setting of a budget is picked.
-
-    Args:
-        outcomes ([`OutcomeSource`]):
-            Gives the outcomes.
-        latency_estimator ([`LatencyEstimator`]):
-            Gives their latencies.
-        samples (`Sequence[dict]`):
-            Training samples: a setting is chosen on these and judged on others.
-        rewards (`Mapping[RewardFunction, float]`, *optional*, defaults to `DEFAULT_REWARDS`):
-            Reward functions and their weights.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+    Outcomes of every setting on the same samples, from which the best static setting of a budget is picked: a setting
+    is chosen on training samples and judged on others. Arguments are as in [`sweep_budgets`].
     """
 
     def __init__(
@@ -96,12 +77,6 @@ class StaticSettings:
         self._columns = reward_columns(outcomes.knob_space, every_sample, collected, latency_ms.tolist(), budgets)
         self.latency_ms = latency_ms.double().numpy().reshape(len(samples), len(self.settings))
 
-    def mean_rewards(self, latency_budget_ms: float) -> np.ndarray:
-        """Mean reward of each setting under a budget in ms, of shape `(settings,)`."""
-        budgets = [latency_budget_ms] * self.latency_ms.size
-        rewards = total_reward(self.rewards, {**self._columns, "latency_budget_ms": budgets})
-        return rewards.reshape(self.latency_ms.shape).mean(axis=0)
-
     def best(self, latency_budget_ms: float) -> KnobSetting:
         """
         The setting with the highest mean reward among those that fit a budget in ms.
@@ -115,7 +90,10 @@ class StaticSettings:
                 f"no setting fits a budget of {latency_budget_ms:.3f} ms: the cheapest takes "
                 f"{self.latency_ms.mean(axis=0).min():.3f} ms. Raise the budget."
             )
-        return self.settings[int(np.where(fits, self.mean_rewards(latency_budget_ms), -np.inf).argmax())]
+        budgets = [latency_budget_ms] * self.latency_ms.size
+        rewards = total_reward(self.rewards, {**self._columns, "latency_budget_ms": budgets})
+        mean_rewards = rewards.reshape(self.latency_ms.shape).mean(axis=0)
+        return self.settings[int(np.where(fits, mean_rewards, -np.inf).argmax())]
 
 
 def baseline_policies(
@@ -129,15 +107,13 @@ def baseline_policies(
 ) -> list[Policy]:
     """
     What a controller is compared with: the best static setting of each budget (`"best static"`), the full setting
-    (`"full"`) and random settings (`"random"`).
+    (`"full"`) and random settings (`"random"`, drawn by `seed`).
 
     Args:
-        outcomes, latency_estimator, samples, rewards, progress:
-            As in [`StaticSettings`]: the static settings are chosen on training samples.
-        budgets_ms (`Sequence[float]`):
-            Budgets, in ms.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the random settings.
+        outcomes, latency_estimator, budgets_ms, rewards, progress:
+            As in [`sweep_budgets`].
+        samples (`Sequence[dict]`):
+            Training samples, on which the static settings are chosen.
 
     Raises:
         ValueError: If no setting fits a budget.
@@ -218,9 +194,9 @@ def sweep_budgets(
     return rows
 
 
-def mean_over_budgets(rows: Sequence[SweepRow], policy: str, metric: str = "reward") -> float:
-    """Mean of a metric of a policy over all budgets of a sweep."""
-    return float(np.mean([getattr(row, metric) for row in rows if row.policy == policy]))
+def mean_over_budgets(rows: Sequence[SweepRow], policy: str) -> float:
+    """Mean reward of a policy over all budgets of a sweep."""
+    return float(np.mean([row.reward for row in rows if row.policy == policy]))
 
 
 def sweep_to_dataset(rows: Sequence[SweepRow]) -> Dataset:

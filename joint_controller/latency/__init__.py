@@ -9,10 +9,14 @@ from .configuration_latency_estimator import LatencyEstimatorConfig
 from .fitting import fit_latency_estimator
 from .guardrail import Guardrail, settings_that_fit
 from .latency_estimator import LatencyEstimator, RecordedLatencies
-from .loading import read_latency_estimator
+from .loading import (
+    embedded_latency_estimator_path,
+    read_latency_estimator,
+    shipped_estimator_names,
+    shipped_latency_estimators,
+)
 from .modeling_latency_estimator import LatencyEstimatorModel, LatencyEstimatorOutput
 from .profile_table import load_profile, make_profile, save_profile
-from .shipped_estimators import embedded_latency_estimator_path, shipped_estimator_names, shipped_latency_estimators
 
 
 AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)

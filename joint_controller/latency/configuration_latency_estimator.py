@@ -33,20 +33,11 @@ class LatencyEstimatorConfig(PreTrainedConfig):
             Values of each knob that were measured, cheapest first.
         fitted_counts (`dict[str, list[int]]`, *optional*):
             Smallest and largest value of each count that was measured.
-        executor_fingerprint (`str`, *optional*):
-            Fingerprint of the measured executor: provenance, not compared.
-        executor_dtype (`str`, *optional*):
-            Data type that the executor computed in, e.g. `"float32"`.
-        device_name (`str`, *optional*):
-            Device that the executor ran on, with the number of threads for a CPU.
-        torch_version (`str`, *optional*):
-            Version of torch that it was measured with.
-        driver_version (`str`, *optional*):
-            Version of the GPU's driver; `"none"` for a CPU, `"unknown"` where it is not known.
-        executor_mode (`str`, *optional*):
-            How the executor computed, e.g. `"plain"`.
-        executor_revision (`str`, *optional*):
-            Version of the executor's code.
+        executor_fingerprint, executor_dtype, executor_mode, executor_revision (`str`, *optional*):
+            The measured executor ([`Executor`]), and the version of its code. Provenance: the fingerprint is not compared.
+        device_name, torch_version, driver_version (`str`, *optional*):
+            Where it ran: the device, with the number of threads for a CPU; the driver is `"none"` for a CPU, and
+            `"unknown"` where the machine does not say.
         recalibrated_from (`dict[str, Any]`, *optional*):
             Machine and executor of the estimator that this one was adapted from, see
             [`~latency.recalibration.recalibrate`].

@@ -22,21 +22,20 @@ RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE, {part}" for part in PARTS))
 """Headings of [`~latency.fit_report.format_recalibration_rows`]."""
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _show(value: float | None, form: str = ".1%") -> str:
+    return "-" if value is None else format(value, form)
 
 
 def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """
-    The errors of a report ([`~latency.held_out.report_errors`]) as a table: what, MAE in ms, MAPE, P95 error, R², coverage
-    of the 95th percentile, number n of measurements; overall, then by the value of each knob.
+    Rows of a table with `ERROR_HEADINGS`: the errors of a report ([`~latency.held_out.report_errors`]) overall, then
+    by the value of each knob.
     """
 
     def row(label: str, found: dict[str, Any]) -> tuple[str, ...]:
-        mae = "-" if found["mae_ms"] is None else f"{found['mae_ms']:.3f}"
-        r2 = "-" if found["r2"] is None else f"{found['r2']:.3f}"
-        covered = _share(found.get("p95_coverage"))
-        return label, mae, _share(found["mape"]), _share(found["p95_error"]), r2, covered, str(found["num"])
+        mae, r2 = (_show(found[name], ".3f") for name in ("mae_ms", "r2"))
+        covered = _show(found.get("p95_coverage"))
+        return label, mae, _show(found["mape"]), _show(found["p95_error"]), r2, covered, str(found["num"])
 
     rows = [row(label, report[part]) for part, label in PARTS.items()]
     for knob, values in report["by_knob"].items():
@@ -47,13 +46,13 @@ def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def format_recalibration_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """
-    The errors of [`~latency.recalibration.recalibration_errors`] as a table: measurements, then the MAPE of prefill, decode
-    and the whole request, the mean over draws with the largest in brackets; without recalibration first.
+    Rows of a table with `RECALIBRATION_HEADINGS`, without recalibration first: MAPEs of a report
+    ([`~latency.recalibration.recalibration_errors`]), the mean over draws with the largest in brackets.
     """
-    rows = [("none", *(_share(report["without"][part]["mape"]) for part in PARTS))]
+    rows = [("none", *(_show(report["without"][part]["mape"]) for part in PARTS))]
     for size, parts in report["by_size"].items():
         cells = [
-            _share(found["mape"]) + (f" ({_share(found['largest_mape'])})" if found["mape"] is not None else "")
+            _show(found["mape"]) + (f" ({_show(found['largest_mape'])})" if found["mape"] is not None else "")
             for found in (parts[part] for part in PARTS)
         ]
         rows.append((size, *cells))
@@ -68,16 +67,8 @@ def format_markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]
 
 def format_model_card(model: LatencyEstimatorModel, more: str = "") -> str:
     """
-    The README of a fitted estimator's folder: what was measured, how large the error is, and the coefficients.
-
-    Args:
-        model ([`LatencyEstimatorModel`]):
-            A fitted estimator.
-        more (`str`, *optional*):
-            Markdown to put behind the error.
-
-    Returns:
-        `str`: Markdown.
+    The README (Markdown) of a fitted estimator's folder: what was measured, how large the error is, and the
+    coefficients. `more` is put behind the error.
     """
     config = model.config
     report = config.held_out
@@ -104,8 +95,8 @@ def format_model_card(model: LatencyEstimatorModel, more: str = "") -> str:
     physical = ""
     if "mape_physical" in report["prefill"]:
         physical = f"""
-With the physical terms alone, without the learned factor, the MAPE is {_share(report["prefill"]["mape_physical"])} for
-`prefill_ms` and {_share(report["decode"]["mape_physical"])} for `decode_ms_per_token`.
+With the physical terms alone, without the learned factor, the MAPE is {_show(report["prefill"]["mape_physical"])} for
+`prefill_ms` and {_show(report["decode"]["mape_physical"])} for `decode_ms_per_token`.
 """
     if config.recalibrated_from is not None:
         facts.append(("recalibrated from", ", ".join(str(value) for value in config.recalibrated_from.values())))
@@ -159,17 +150,8 @@ def _label_logarithmic(*axes: Axis) -> None:
 
 def plot_fit(held_out: HeldOut, folder: str | Path) -> list[Path]:
     """
-    Draws how an estimator does on what it has not seen: predicted against measured times (`predicted.png`), and the error
-    at each value of each knob (`error_by_knob.png`).
-
-    Args:
-        held_out ([`~latency.held_out.HeldOut`]):
-            Result of [`~latency.fitting.cross_validate`].
-        folder (`str` or `Path`):
-            Folder for the pictures; it is made if needed.
-
-    Returns:
-        `list[Path]`: the pictures.
+    Draws how an estimator does on what it has not seen: predicted against measured times (`predicted.png`), and the
+    error at each value of each knob (`error_by_knob.png`). Gives the pictures; the folder is made if needed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +171,7 @@ def plot_fit(held_out: HeldOut, folder: str | Path) -> list[Path]:
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)", xscale="log", yscale="log")
         _label_logarithmic(axes.xaxis, axes.yaxis)
         found = errors(measured_ms, predicted_ms)
-        axes.set_title(f"{PARTS[part]}: MAPE {_share(found['mape'])}, {found['num']} held out")
+        axes.set_title(f"{PARTS[part]}: MAPE {_show(found['mape'])}, {found['num']} held out")
         axes.legend()
     pictures = [folder / "predicted.png"]
     figure.savefig(pictures[0], dpi=110)
@@ -213,16 +195,8 @@ def plot_fit(held_out: HeldOut, folder: str | Path) -> list[Path]:
 
 def plot_recalibration(report: dict[str, Any], folder: str | Path) -> Path:
     """
-    Draws the error of recalibration against the number of measurements (`recalibration.png`).
-
-    Args:
-        report (`dict[str, Any]`):
-            What [`~latency.recalibration.recalibration_errors`] returns.
-        folder (`str` or `Path`):
-            Folder for the picture; it is made if needed.
-
-    Returns:
-        `Path`: the picture.
+    Draws the error of recalibration ([`~latency.recalibration.recalibration_errors`]) against the number of
+    measurements (`recalibration.png`). Gives the picture; the folder is made if needed.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -235,7 +209,7 @@ def plot_recalibration(report: dict[str, Any], folder: str | Path) -> Path:
         axes.fill_between(numbers, means, largest, color=f"C{index}", alpha=0.15)
         without = report["without"][part]["mape"]
         if without is not None:
-            axes.axhline(100 * without, color=f"C{index}", linestyle=":", label=f"{label}, without: {_share(without)}")
+            axes.axhline(100 * without, color=f"C{index}", linestyle=":", label=f"{label}, without: {_show(without)}")
     axes.set(xlabel="measurements to recalibrate with", ylabel="MAPE on other settings and inputs (%)", yscale="log")
     _label_logarithmic(axes.yaxis)
     axes.legend(fontsize=8)

@@ -55,22 +55,11 @@ def fit_coefficients(
     reweightings: int = 20,
 ) -> torch.Tensor:
     """
-    Non-negative coefficients with a small relative error, in which single outliers count little (Huber's loss, by
-    iterative reweighting): other processes disturb a measurement now and then, and only ever make it longer.
-
-    Args:
-        features (`torch.Tensor` of shape (n, k)):
-            Non-negative features of each measurement.
-        measured_ms (`torch.Tensor` of shape (n,)):
-            Measured times, positive.
-        prior (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-            Further equations for the coefficients, which count in full: a matrix of shape (m, k), and what it is to give,
-            of shape (m,), in the measure of relative errors.
-        reweightings (`int`, *optional*, defaults to 20):
-            Iterations.
-
-    Returns:
-        `torch.Tensor` of shape (k,): milliseconds per unit of each feature, float64.
+    Non-negative coefficients, in ms per unit of each feature (float64), with a small relative error, in which single
+    outliers count little (Huber's loss, by iterative reweighting): other processes disturb a measurement now and then,
+    and only ever make it longer. `features` have the shape (n, k); `prior` holds further equations for the
+    coefficients, which count in full: a matrix of shape (m, k), and what it is to give, of shape (m,), in the measure
+    of relative errors.
     """
     from scipy.optimize import nnls  # imported here: what only predicts need not wait for it
 
@@ -94,22 +83,10 @@ def fit_coefficients(
 
 def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.Tensor, num_units: int) -> torch.Tensor:
     """
-    The units of [`~latency.modeling_latency_estimator.learned_factor`] with a small relative error, fitted together with
-    the physical coefficients. Deterministic: the units start as steps at even quantiles of one input each.
-
-    Args:
-        features (`torch.Tensor` of shape (n, k)):
-            Physical features of each measurement.
-        inputs (`torch.Tensor` of shape (n, j)):
-            What the factor sees, not negative.
-        measured_ms (`torch.Tensor` of shape (n,)):
-            Measured times, positive.
-        num_units (`int`):
-            Units.
-
-    Returns:
-        `torch.Tensor` of shape (num_units, j + 1): float64. The physical coefficients that go with them are those that
-        [`~latency.fitting.fit_coefficients`] gives for the features times the factor.
+    The units of [`~latency.modeling_latency_estimator.learned_factor`], float64, with a small relative error, fitted
+    together with the physical coefficients; those that go with them are what [`~latency.fitting.fit_coefficients`]
+    gives for the features times the factor. Deterministic: units start as steps at even quantiles of one input each.
+    `features` (n, k) are the physical ones, `inputs` (n, j) are what the factor sees, not negative.
     """
     features, inputs, log_ms = features.double(), inputs.double(), measured_ms.double().log()
     num_rows, num_inputs = inputs.shape
@@ -172,21 +149,14 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
 
 def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list[tuple[list[int], list[int]]]:
     """
-    Splits a profile by setting and by input at once: settings and inputs are each divided in `num_folds` parts, and each
-    pair of parts is a fold of its own. What a fold tests on shares neither a setting nor an input with what it trains on;
-    measurements that share only one of the two are left out of that fold. Every measurement is tested on once.
-
-    Args:
-        profile ([`~datasets.Dataset`]):
-            Measurements, see [`~latency.profiling.profile_executor`].
-        num_folds (`int`, *optional*, defaults to 4):
-            Parts that settings and inputs are each divided in; fewer if there are fewer settings or inputs.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the division.
+    Splits a profile by setting and by input at once: settings and inputs are each divided in `num_folds` parts (fewer
+    if there are fewer of them), and each pair of parts is a fold of its own. What a fold tests on shares neither a
+    setting nor an input with what it trains on; measurements that share only one of the two are left out of that fold.
+    Every measurement is tested on once.
 
     Returns:
-        `list[tuple[list[int], list[int]]]`: row numbers to train on and to test on, by fold: `num_folds` squared, less
-        those that would have nothing to train or to test on.
+        `list[tuple[list[int], list[int]]]`: row numbers to train on and to test on, by fold, without folds that would
+        have nothing to train or to test on.
 
     Raises:
         ValueError: If the profile has fewer than two settings or two inputs, or no fold has rows on both sides.
@@ -226,15 +196,7 @@ def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list
 @dataclass(frozen=True)
 class StageData:
     """
-    What a stage of the estimator is fitted to.
-
-    Args:
-        features (`torch.Tensor` of shape (n, k)):
-            Physical features.
-        inputs (`torch.Tensor` of shape (n, j)):
-            What the learned factor sees.
-        measured_ms (`torch.Tensor` of shape (n,)):
-            Measured times.
+    What a stage is fitted to: physical features (n, k), what the learned factor sees (n, j), and measured times (n,).
     """
 
     features: torch.Tensor
@@ -243,9 +205,9 @@ class StageData:
 
 
 def profile_columns(profile: Dataset) -> dict[str, torch.Tensor]:
-    """The numbers of a profile that fitting looks at, float64; NaN where the decode time is null."""
+    """The numbers of a profile: what its cost model looks at, and all times, float64; NaN where they are null."""
     schema = ProfileSchema.of(profile)
-    names = (*schema.cost_model.knob_names, *schema.cost_model.count_names, "output_tokens", *schema.predicted_columns)
+    names = (*schema.cost_model.knob_names, *schema.cost_model.count_names, "output_tokens", *schema.time_columns)
     return {
         name: torch.tensor([math.nan if value is None else value for value in profile[name]], dtype=torch.float64)
         for name in names
@@ -256,15 +218,8 @@ def stage_data(
     columns: dict[str, torch.Tensor], rows: list[int], model: LatencyEstimatorModel
 ) -> dict[str, StageData]:
     """
-    What each stage of an estimator is fitted to.
-
-    Args:
-        columns (`dict[str, torch.Tensor]`):
-            The profile, see [`~latency.fitting.profile_columns`].
-        rows (`list[int]`):
-            Measurements to take. Those without a decode step are left out of that stage.
-        model ([`LatencyEstimatorModel`]):
-            The estimator, which has the executor's cost model.
+    What each stage of an estimator is fitted to, from rows of a profile. Those without a decode step are left out of
+    that stage.
     """
     data = {}
     for stage in model.cost_model.stages:
@@ -322,20 +277,8 @@ def _parts(
 
 def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_units: int = 16) -> HeldOut:
     """
-    Predicts measurements by estimators that have seen neither their setting nor their input.
-
-    Args:
-        profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine, see [`~latency.profiling.profile_executor`].
-        num_folds (`int`, *optional*, defaults to 4):
-            Parts of settings and of inputs, see [`~latency.fitting.held_out_folds`].
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the division into folds.
-        num_units (`int`, *optional*, defaults to 16):
-            Units of the learned factors.
-
-    Raises:
-        ValueError: As [`~latency.fitting.fit_latency_estimator`].
+    Predicts measurements by estimators that have seen neither their setting nor their input. Arguments and errors are
+    those of [`~latency.fitting.fit_latency_estimator`].
     """
     config = estimator_config(profile, num_units)
     columns = profile_columns(profile)
@@ -349,15 +292,8 @@ def predict_held_out(
     profile: Dataset, folds: Sequence[tuple[list[int], list[int]]], fit: Callable[[list[int]], LatencyEstimatorModel]
 ) -> HeldOut:
     """
-    Predicts what each fold tests on by the estimator that `fit` makes of the rows it trains on.
-
-    Args:
-        profile ([`~datasets.Dataset`]):
-            The profile.
-        folds (`Sequence[tuple[list[int], list[int]]]`):
-            Rows to train on and to test on, see [`~latency.fitting.held_out_folds`].
-        fit (`Callable[[list[int]], LatencyEstimatorModel]`):
-            Makes an estimator of rows of the profile.
+    Predicts what each fold ([`~latency.fitting.held_out_folds`]) tests on by the estimator that `fit` makes of the
+    rows it trains on.
     """
     columns = profile_columns(profile)
     tested = [row for _, test in folds for row in test]
@@ -386,10 +322,8 @@ def calibrate_quantiles(held_out: HeldOut) -> dict[str, dict[str, float]]:
 
 def estimator_config(profile: Dataset, num_units: int) -> LatencyEstimatorConfig:
     """
-    Configuration of an estimator that is fitted to a profile: what was measured on what.
-
-    Raises:
-        ValueError: If the table is not a profile, mixes executors or machines, or has no decode step.
+    Configuration of an estimator that is fitted to a profile. Refuses a table that is not a profile, mixes executors
+    or machines, or has no decode step.
     """
     schema = check_profile(profile)
     check_one_machine(profile)

@@ -22,14 +22,11 @@ class HeldOut:
     Measurements that were predicted by an estimator which had seen neither their setting nor their input.
 
     Args:
-        rows (`list[int]`):
-            Rows of the profile.
-        folds (`list[int]`):
-            Fold of each of them.
-        measured_ms, predicted_ms (`dict[str, torch.Tensor]`):
-            `"prefill"`, `"decode"` (per token) and `"total"` of each row, float64. NaN where nothing was decoded.
-        physical_ms (`dict[str, torch.Tensor]` or `None`):
-            What the physical terms alone predict, if that was asked.
+        rows, folds (`list[int]`):
+            Rows of the profile, and the fold of each.
+        measured_ms, predicted_ms, physical_ms (`dict[str, torch.Tensor]`):
+            `"prefill"`, `"decode"` (per token) and `"total"` of each row, float64; NaN where nothing was decoded. The
+            last is what the physical terms alone predict; `None` if that was not asked.
         profile ([`~datasets.Dataset`]):
             The profile.
     """
@@ -54,9 +51,9 @@ class HeldOut:
 
 def conformal_quantile(ratios: torch.Tensor, quantile: float) -> float:
     """
-    What an estimate is multiplied with so that a new measurement lies below with the given probability: the
-    ceil((n + 1) quantile)-th smallest of n ratios of a held-out measurement to its estimate (split conformal prediction);
-    the largest one where there are too few. NaNs are left out.
+    What an estimate is multiplied with so that a new measurement lies below with the given probability: the ceil((n +
+    1) quantile)-th smallest of n ratios of a held-out measurement to its estimate (split conformal prediction); the
+    largest one where there are too few. NaNs are left out.
     """
     ratios = ratios[~ratios.isnan()].sort().values
     rank = math.ceil((len(ratios) + 1) * quantile)
@@ -86,7 +83,7 @@ def errors(measured_ms: torch.Tensor, predicted_ms: torch.Tensor) -> dict[str, f
     }
 
 
-def coverage(held_out: HeldOut, part: str, quantile: float = COVERED_QUANTILE) -> float | None:
+def coverage(held_out: HeldOut, part: str) -> float | None:
     """
     Share of held-out measurements that lie below their predicted upper quantile, which is fitted to the other folds; None
     with a single fold.
@@ -99,24 +96,17 @@ def coverage(held_out: HeldOut, part: str, quantile: float = COVERED_QUANTILE) -
         if others.isnan().all():
             return None
         tested = tested[~tested.isnan()]
-        below.append(tested <= conformal_quantile(others, quantile))
+        below.append(tested <= conformal_quantile(others, COVERED_QUANTILE))
     return torch.cat(below).double().mean().item()
 
 
 def report_errors(held_out: HeldOut) -> dict[str, Any]:
     """
-    The held-out error of an estimator.
-
-    Args:
-        held_out ([`~latency.held_out.HeldOut`]):
-            Result of [`~latency.fitting.cross_validate`].
-
-    Returns:
-        `dict[str, Any]`: for `"prefill"`, `"decode"` (per token) and `"total"` the errors
-        ([`~latency.held_out.errors`]), with `p95_coverage` (share of measurements below their predicted 95th percentile)
-        and perhaps `mape_physical` (with the physical terms alone); `by_knob`, the errors of `"prefill"` and `"decode"` at
-        each value of each knob; `num_measurements`, `num_settings`, `num_inputs`, `num_held_out`, `num_disagreeing`
-        (measurements whose repeats disagree; None where that is unknown).
+    The held-out error of an estimator: for `"prefill"`, `"decode"` (per token) and `"total"` the errors
+    ([`~latency.held_out.errors`]), with `p95_coverage` (share of measurements below their predicted 95th percentile)
+    and perhaps `mape_physical` (with the physical terms alone); `by_knob`, the errors of `"prefill"` and `"decode"` at
+    each value of each knob; `num_measurements`, `num_settings`, `num_inputs`, `num_held_out`, `num_disagreeing`
+    (measurements whose repeats disagree; None where that is unknown).
     """
     profile, measured_ms, predicted_ms = held_out.profile, held_out.measured_ms, held_out.predicted_ms
     report: dict[str, Any] = {}

@@ -1,12 +1,50 @@
-"""A latency estimator from wherever it is."""
+"""A latency estimator from wherever it is, and those that ship, so that whoever owns their hardware starts without profiling."""
 
 from importlib import import_module
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
+from ..executor import Executor
+from .configuration_latency_estimator import LatencyEstimatorConfig
 from .latency_estimator import LatencyEstimator
-from .shipped_estimators import SHIPPED_ESTIMATORS, shipped_estimator_names
+
+
+SHIPPED_ESTIMATORS = Path(__file__).parents[1] / "assets" / "latency"
+"""Folder of the estimators that ship with the package, each in a folder of its own with its card and its profile."""
+
+
+def shipped_estimator_names() -> list[str]:
+    """Names of the estimators that ship with the package, which stand for their folders: `"embedded_cpu"`, …"""
+    return sorted(path.parent.name for path in SHIPPED_ESTIMATORS.glob("*/config.json"))
+
+
+def embedded_latency_estimator_path() -> Path:
+    """
+    Folder of the latency estimator of the embedded executor on a CPU (`FileNotFoundError` where the installed package
+    lacks it).
+    """
+    path = SHIPPED_ESTIMATORS / "embedded_cpu"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the embedded executor's latency estimator is missing from '{path}': install the package again, or measure "
+            "this machine with `--latency_estimator_path fit`."
+        )
+    return path
+
+
+def shipped_latency_estimators(executor: Executor) -> dict[str, Path]:
+    """
+    Folders of the estimators that ship with the package for an executor of this family and these sizes, each by the
+    name of the device that it was fitted on, e.g. `"NVIDIA H200"`.
+    """
+    folders = [SHIPPED_ESTIMATORS / name for name in shipped_estimator_names()]
+    configs = {folder: LatencyEstimatorConfig.from_pretrained(folder) for folder in folders}
+    return {
+        config.device_name: folder
+        for folder, config in configs.items()
+        if (config.executor_type, config.executor_shape) == (executor.model_type, executor.shape)
+    }
 
 
 def read_latency_estimator(path: str | Path) -> LatencyEstimator:

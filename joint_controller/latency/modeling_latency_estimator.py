@@ -53,14 +53,10 @@ def _weighted_sum(coefficients: torch.Tensor, features: Sequence[torch.Tensor]) 
 
 def learned_factor(units: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    1 or more, and non-decreasing in every input: a network with one hidden layer whose weights are not negative. Its units,
-    z^8 / (1 + z^8), are soft steps at z = 1, so that thresholds, kinks and saturation can be learnt.
-
-    Args:
-        units (`torch.Tensor` of shape `(num_units, num_inputs + 1)`):
-            Of each unit, the weights of its inputs and the weight of its output; not negative.
-        inputs (`Sequence[torch.Tensor]`):
-            One tensor an input, not negative; their shapes broadcast.
+    1 or more, and non-decreasing in every input (not negative, of shapes that broadcast): a network with one hidden
+    layer whose weights are not negative. Its units, z^8 / (1 + z^8), are soft steps at z = 1, so that thresholds,
+    kinks and saturation can be learnt. A row of `units` holds the weights of a unit's inputs and the weight of its
+    output.
     """
     inputs = torch.broadcast_tensors(*inputs)
     # Several units at once, along a new first dimension, since a single request costs what launching the operations costs;
@@ -135,14 +131,12 @@ class LatencyEstimatorModel(PreTrainedModel):
     @torch.no_grad()
     def forward(self, output_tokens: torch.Tensor | None = None, **columns: torch.Tensor) -> LatencyEstimatorOutput:
         """
-        Estimates for any combination of settings and inputs. All arguments are integer or floating tensors whose shapes
-        broadcast: (n,) each for n requests, or e.g. (settings, 1) knobs with (n,) counts for every setting of n
-        requests.
+        Estimates for any combination of settings and inputs: integer or floating tensors whose shapes broadcast, (n,)
+        each for n requests, or e.g. (settings, 1) knobs with (n,) counts for every setting of n requests.
 
         Args:
-            output_tokens (`torch.Tensor`, *optional*):
-                Tokens of the answer: `decode_ms_per_token` is the mean of its steps. Defaults to 2, an answer of one
-                step.
+            output_tokens (`torch.Tensor`, *optional*, defaults to 2):
+                Tokens of the answer: `decode_ms_per_token` is the mean of its steps.
             **columns (`torch.Tensor`):
                 Every count of `cost_model.count_names` and every knob of `cost_model.knob_names`.
 
@@ -227,23 +221,15 @@ class LatencyEstimatorModel(PreTrainedModel):
         latency_ms = estimate.prefill_ms + estimate.decode_ms_per_token * (output_tokens - 1)
         return latency_ms if quantile is None else latency_ms * self.quantile_factor(quantile)
 
-    def quantile_factor(self, quantile: float, part: str = "total") -> float:
+    def quantile_factor(self, quantile: float) -> float:
         """
-        What an estimate is multiplied with to get an upper quantile.
-
-        Args:
-            quantile (`float`):
-                A quantile that was fitted: 0.9, 0.95 or 0.99.
-            part (`str`, *optional*, defaults to `"total"`):
-                `"prefill"`, `"decode"` or `"total"`.
-
-        Raises:
-            ValueError: If the quantile was not fitted.
+        What an estimate of a `part` (`"prefill"`, `"decode"` or `"total"`) is multiplied with to get an upper quantile
+        that was fitted: 0.9, 0.95 or 0.99. Others are refused (`ValueError`).
         """
-        factors = (self.config.upper_quantiles or {}).get(part, {})
+        factors = (self.config.upper_quantiles or {}).get("total", {})
         if str(quantile) not in factors:
             raise ValueError(
-                f"the latency estimator has no quantile {quantile} of '{part}' (it has {list(factors) or 'none'}): ask for "
+                f"the latency estimator has no quantile {quantile} of 'total' (it has {list(factors) or 'none'}): ask for "
                 "one that it has, or fit it again with `joint-controller fit-latency`."
             )
         return factors[str(quantile)]
@@ -262,27 +248,16 @@ class LatencyEstimatorModel(PreTrainedModel):
 
     def check_executor(self, executor: Executor) -> None:
         """
-        Makes sure that the estimator is about an executor. Where the sizes of the executor that was measured are unknown
-        (imported profiles may not say), a warning takes the place of the check.
-
-        Args:
-            executor ([`Executor`]):
-                The executor.
-
-        Raises:
-            ValueError: If its family, or a size that latency depends on, differs from that of the executor that was
-                measured.
+        As [`LatencyEstimator.check_executor`]: the family, and the sizes that latency depends on, must be those of the
+        executor that was measured. Where its sizes are unknown (imported profiles may not say), a warning takes the
+        place of the check.
         """
-        if self.config.executor_type != executor.model_type:
-            differing = f"model type '{self.config.executor_type}' there, '{executor.model_type}' here"
-        elif self.config.executor_shape is None:
+        differing = differing_executors(self.config, executor.model_type, executor.shape)
+        if not differing and self.config.executor_shape is None:
             logger.warning(
                 "the latency estimator does not know the sizes of the executor that it was fitted on: make sure that it is "
                 "this one."
             )
-            return
-        else:
-            differing = differing_sizes(self.config.executor_shape, executor.shape)
         if differing:
             raise ValueError(
                 f"the latency estimator was fitted on another executor ({differing}): fit one for this executor with "
@@ -290,11 +265,15 @@ class LatencyEstimatorModel(PreTrainedModel):
             )
 
 
-def differing_sizes(measured: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Sizes in which two executors differ, in words; empty where they are equal."""
-    names = dict.fromkeys((*measured, *found))
+def differing_executors(measured: LatencyEstimatorConfig, model_type: str, shape: Mapping[str, Any] | None) -> str:
+    """In which family or sizes an executor differs from the measured one, in words; empty where none is known to."""
+    if measured.executor_type != model_type:
+        return f"model type '{measured.executor_type}' there, '{model_type}' here"
+    if measured.executor_shape is None or shape is None:
+        return ""
+    there = measured.executor_shape
     return "; ".join(
-        f"{name} {measured.get(name)} there, {found.get(name)} here"
-        for name in names
-        if measured.get(name) != found.get(name)
+        f"{name} {there.get(name)} there, {shape.get(name)} here"
+        for name in dict.fromkeys((*there, *shape))
+        if there.get(name) != shape.get(name)
     )

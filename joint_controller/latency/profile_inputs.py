@@ -1,6 +1,5 @@
 """Inputs to profile any checkpoint with, made here: images of many shapes, questions of many lengths."""
 
-import io
 import math
 
 import numpy as np
@@ -20,22 +19,19 @@ _WORDS = "what color is the object left of a small red circle and how many are t
 
 def make_profile_inputs(num_inputs: int, seed: int = 42) -> Dataset:
     """
-    Images and questions that mean nothing: a request costs what its shape, its length and its setting cost, whatever is
-    asked. Sides, aspect ratios and numbers of words are spread evenly over their ranges (on a logarithmic scale), each in
-    an order of its own, so that few inputs cover all three.
+    Images and questions that mean nothing: a request costs what its shape, its length and its setting cost, whatever
+    is asked. Sides, aspect ratios and numbers of words are spread evenly over their ranges (on a logarithmic scale),
+    each in an order of its own, so that few inputs cover all three.
 
     Args:
         num_inputs (`int`):
-            Inputs to make.
+            Inputs to make, 1 or more.
         seed (`int`, *optional*, defaults to 42):
             Seed of the orders and of the contents.
 
     Returns:
         [`~datasets.Dataset`]: columns `sample_id` (e.g. `"made/0003-640x427-12"`: number, width, height and words),
         `image`, `question`, `style`.
-
-    Raises:
-        ValueError: If `num_inputs` is not positive.
     """
     if num_inputs < 1:
         raise ValueError(f"`num_inputs` is {num_inputs}: give 1 or more.")
@@ -53,7 +49,7 @@ def make_profile_inputs(num_inputs: int, seed: int = 42) -> Dataset:
         rows.append(
             {
                 "sample_id": f"made/{number:04d}-{width}x{height}-{num_words}",
-                "image": {"bytes": _image_bytes(width, height, generator), "path": None},
+                "image": _make_image(width, height, generator),
                 "question": question,
                 "style": "vqa2",
             }
@@ -62,9 +58,7 @@ def make_profile_inputs(num_inputs: int, seed: int = 42) -> Dataset:
     return Dataset.from_list(rows, features=Features({**strings, "image": Image()}))
 
 
-def _image_bytes(width: int, height: int, generator: np.random.Generator) -> bytes:
-    """Soft patches of random colors, as PNG."""
+def _make_image(width: int, height: int, generator: np.random.Generator) -> PILImage.Image:
+    """Soft patches of random colors."""
     patches = PILImage.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    content = io.BytesIO()
-    patches.resize((width, height), PILImage.Resampling.BICUBIC).save(content, "PNG")
-    return content.getvalue()
+    return patches.resize((width, height), PILImage.Resampling.BICUBIC)

@@ -15,24 +15,11 @@ JOURNAL_FILE = "timings.jsonl"
 
 class ProfileJournal:
     """
-    The timings of an unfinished profile: a file of JSON lines, the first of which says what is being measured. A timing is
-    handed to the operating system as soon as it was taken, so that a process that is killed loses none but the one it was
-    taking; a line that was cut short is dropped when the journal is opened again.
-
-    Args:
-        path (`str` or `Path`):
-            The file. It is made, with its folder, if it is not there.
-        plan (`Mapping[str, Any]`):
-            What is being measured, on what. A journal of something else is refused.
-
-    Attributes:
-        timings (`dict[tuple[int, int], StageTimes]`):
-            What was timed: by number of the measurement and of the repeat.
-        num_measurements (`int` or `None`):
-            Measurements that were settled on.
-
-    Raises:
-        ValueError: If the file holds timings of something else, or is damaged.
+    The timings of an unfinished profile, by number of the measurement and of the repeat: a file of JSON lines, the
+    first of which (`plan`) says what is being measured, on what. A timing is handed to the operating system as soon as
+    it was taken, so that a process that is killed loses none but the one it was taking; a line that was cut short is
+    dropped when the journal is opened again. A journal of something else, or one that is damaged, is refused
+    (`ValueError`).
     """
 
     def __init__(self, path: str | Path, plan: Mapping[str, Any]):

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from ..knobs import Knob, KnobSetting, KnobValue
 from .fit_report import format_markdown_table
+from .fitting import profile_columns
 from .held_out import num_disagreeing
 from .profile_table import (
     PROFILE_FILE,
@@ -43,13 +44,9 @@ class _Measurements:
         self.schema = schema = ProfileSchema.of(profile)
         self.settings = profile_settings(profile)
         self.space = schema.knob_space
-        count_names = schema.cost_model.count_names
-        names = (*count_names, "output_tokens", *schema.time_columns)
-        self.columns = columns = {
-            name: np.array([math.nan if value is None else value for value in profile[name]], dtype=float)
-            for name in names
-        }
-        columns["num_tokens"] = sum(columns[name] for name in count_names if name.endswith("_tokens"))
+        self.columns = columns = {name: values.numpy() for name, values in profile_columns(profile).items()}
+        counts = (name for name in schema.cost_model.count_names if name.endswith("_tokens"))
+        columns["num_tokens"] = sum(columns[name] for name in counts)
         *stages, decode = schema.predicted_columns
         columns["prefill_ms"] = sum(columns[name] for name in stages)
         columns["decode_ms"] = np.nan_to_num(columns[decode]) * (columns["output_tokens"] - 1)
@@ -74,20 +71,16 @@ class _Measurements:
         ]
 
 
-def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABILITY_TOLERANCE) -> dict[str, Any]:
+def repeatability(first: Dataset, second: Dataset) -> dict[str, Any]:
     """
-    How well two profiles of the same executor on the same machine agree.
-
-    Args:
-        first, second ([`~datasets.Dataset`]):
-            The profiles. Measurements that only one of them has are left out.
-        tolerance (`float`, *optional*, defaults to 0.03):
-            Largest difference between the medians of a setting, as a share.
+    How well two profiles of the same executor on the same machine agree. Measurements that only one of them has are
+    left out.
 
     Returns:
-        `dict[str, Any]`: `tolerance`, `num_settings`, `num_measurements` that both have, and for `"prefill"`, `"decode"`
-        (per token) and `"total"` (with as many decode steps as were timed) `share` (of settings whose medians over inputs
-        agree), `median_difference` and `largest_difference` (shares); `is_repeatable`: all three shares reach 95 %.
+        `dict[str, Any]`: `tolerance`, `num_settings`, `num_measurements` that both have, and for `"prefill"`,
+        `"decode"` (per token) and `"total"` (with as many decode steps as were timed) `share` (of settings whose
+        medians over inputs agree within the tolerance), `median_difference` and `largest_difference` (shares);
+        `is_repeatable`: all three shares reach 95 %.
 
     Raises:
         ValueError: If the profiles are of different executors or machines, or have no measurement in common.
@@ -103,7 +96,7 @@ def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABIL
     for key in common:
         rows_of.setdefault(key[0], []).append((positions[0][key], positions[1][key]))
     report: dict[str, Any] = {
-        "tolerance": tolerance,
+        "tolerance": REPEATABILITY_TOLERANCE,
         "num_settings": len(rows_of),
         "num_measurements": len(common),
     }
@@ -117,7 +110,7 @@ def repeatability(first: Dataset, second: Dataset, tolerance: float = REPEATABIL
             if not np.isnan(medians).any():
                 differences.append(abs(medians[1] / medians[0] - 1))
         report[part] = {
-            "share": float(np.mean(np.array(differences) <= tolerance)) if differences else None,
+            "share": float(np.mean(np.array(differences) <= REPEATABILITY_TOLERANCE)) if differences else None,
             "median_difference": float(np.median(differences)) if differences else None,
             "largest_difference": float(np.max(differences)) if differences else None,
         }
@@ -169,21 +162,9 @@ def summarize_profile(profile: Dataset) -> dict[str, Any]:
 
 def plot_profile(profile: Dataset, folder: str | Path) -> list[Path]:
     """
-    Draws a profile: shares of the stages in each setting (`stage_shares.png`), prefill against input tokens
-    (`prefill.png`), decode against position (`decode.png`), latency against each knob with the others fixed (`knobs.png`),
-    FLOPs against latency (`flops.png`; only where the executor's sizes are known).
-
-    Args:
-        profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine.
-        folder (`str` or `Path`):
-            Folder for the pictures; it is made if needed.
-
-    Returns:
-        `list[Path]`: the pictures.
-
-    Raises:
-        ValueError: If the profile mixes executors or machines.
+    Draws a profile into a folder: shares of the stages in each setting (`stage_shares.png`), prefill against input
+    tokens (`prefill.png`), decode against position (`decode.png`), latency against each knob with the others fixed
+    (`knobs.png`), FLOPs against latency (`flops.png`; only where the executor's sizes are known). Gives the pictures.
     """
     check_one_machine(profile)
     folder = Path(folder)
@@ -330,21 +311,12 @@ def _plot_flops(measured: _Measurements, flops: np.ndarray) -> Figure:
 def write_profile_report(profile: Dataset, folder: str | Path, repeated: Dataset | None = None) -> dict[str, Any]:
     """
     Writes a profile's pictures, its numbers (`profile_report.json`) and its card (`README.md`) into its folder.
-
-    Args:
-        profile ([`~datasets.Dataset`]):
-            The profile.
-        folder (`str` or `Path`):
-            Its folder.
-        repeated ([`~datasets.Dataset`], *optional*):
-            A second profile of the same, to say how repeatable measuring is.
+    `repeated` is a second profile of the same, to say how repeatable measuring is. Profiles that mix executors or
+    machines are refused.
 
     Returns:
         `dict[str, Any]`: the numbers: those of [`~latency.profile_report.summarize_profile`], and `repeatability`
         ([`~latency.profile_report.repeatability`]) if there is a second profile.
-
-    Raises:
-        ValueError: If the profiles mix executors or machines.
     """
     folder = Path(folder)
     pictures = plot_profile(profile, folder)
@@ -358,16 +330,8 @@ def write_profile_report(profile: Dataset, folder: str | Path, repeated: Dataset
 
 def format_profile_card(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """
-    The README of a profile's folder, which is a data set of the Hub.
-
-    Args:
-        report (`Mapping[str, Any]`):
-            What [`~latency.profile_report.write_profile_report`] returns.
-        pictures (`Sequence[str]`):
-            Names of the pictures in it.
-
-    Returns:
-        `str`: Markdown.
+    The README (Markdown) of a profile's folder, which is a data set of the Hub, from its numbers and the names of its
+    pictures.
     """
     machine = [(column.replace("_", " "), ", ".join(values)) for column, values in report["machine"].items()]
     rows = [

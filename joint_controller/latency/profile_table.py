@@ -46,15 +46,8 @@ def time_column(stage: str) -> str:
 @dataclass(frozen=True)
 class ProfileSchema:
     """
-    Columns of a profile. They follow from the executor that was measured.
-
-    Args:
-        knob_space ([`KnobSpace`]):
-            Knobs of the executor: a column each.
-        cost_model ([`~executor.CostModel`]):
-            That of the executor. Counts, and stages that are predicted, have a column each.
-        stage_names (`tuple[str, ...]`):
-            Stages up to the first output token that were timed, in order.
+    Columns of a profile. They follow from the executor that was measured: each of its knobs and counts has one, each
+    stage that was timed (`stage_names`, up to the first output token), and each that its cost model predicts.
     """
 
     knob_space: KnobSpace
@@ -64,10 +57,8 @@ class ProfileSchema:
     @classmethod
     def of(cls, profile: Dataset | Sequence[Mapping[str, Any]], name: str = "the profile") -> "ProfileSchema":
         """
-        Columns of a profile, or of the rows of one that is to be made, by its first row.
-
-        Raises:
-            ValueError: If there is no row, or it does not say what was measured.
+        The columns of a profile, or of rows that one is to be made of, by the first row, which must say what was
+        measured.
         """
         if len(profile) == 0:
             raise ValueError(f"{name} holds no measurement: {_REMEDY}.")
@@ -100,12 +91,7 @@ class ProfileSchema:
 
     @cached_property
     def features(self) -> Features:
-        """
-        All columns with their types.
-
-        Raises:
-            ValueError: If a knob, a count or a stage has the name of another column.
-        """
+        """All columns with their types. A knob, a count or a stage that has the name of another column is refused."""
         dtypes = [
             ("sample_id", "string"),
             *((knob.name, knob.dtype) for knob in self.knob_space.knobs),
@@ -127,8 +113,8 @@ class ProfileSchema:
     @property
     def nullable_columns(self) -> tuple[str, ...]:
         """
-        Columns that may be null: what a measurement that was made elsewhere may not know, and the decode time where the
-        answer ended with its first token.
+        Columns that may be null: what a measurement that was made elsewhere may not know, and the decode time where
+        the answer ended with its first token.
         """
         times = [
             name for name in self.time_columns if name not in self.predicted_columns or name == time_column(DECODE)
@@ -169,11 +155,8 @@ def make_profile(rows: Sequence[Mapping[str, Any]], name: str = "the profile") -
 
 def save_profile(profile: Dataset, folder: str | Path) -> Path:
     """
-    Writes a profile to `profile.parquet` in a folder, which is made if needed. The file has its name only once it is
-    whole.
-
-    Returns:
-        `Path`: the file.
+    Writes a profile to `profile.parquet` in a folder, which is made if needed, and gives the file. It has its name
+    only once it is whole.
     """
     file = Path(folder) / PROFILE_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,20 +203,11 @@ def load_profile(path: str | Path) -> Dataset:
 
 def check_profile(profile: Dataset, name: str = "the profile") -> ProfileSchema:
     """
-    Makes sure that a table is a profile.
-
-    Args:
-        profile ([`~datasets.Dataset`]):
-            The table.
-        name (`str`, *optional*, defaults to `"the profile"`):
-            What to call it in errors.
-
-    Returns:
-        [`~latency.profile_table.ProfileSchema`]: its columns.
+    Makes sure that a table is a profile, and gives its columns. `name` is what to call it in errors.
 
     Raises:
-        ValueError: If a column is missing, there is no row, a value is null that must not be, a knob value is not in the
-            knob space, or a time or count is not positive.
+        ValueError: If a column is missing, there is no row, a value is null that must not be, a knob value is not in
+            the knob space, or a time or count is not positive.
     """
     _check_columns(profile.column_names, MACHINE_COLUMNS, name)
     schema = ProfileSchema.of(profile, name)
@@ -267,11 +241,8 @@ def _check_columns(columns: Sequence[str], needed: Sequence[str] | Features, nam
 
 def check_one_machine(*profiles: Dataset, name: str = "the profile"):
     """
-    Makes sure that all measurements are of one executor on one machine. Several profiles may have measured different values
-    of its knobs.
-
-    Raises:
-        ValueError: If a machine column has several values.
+    Refuses (`ValueError`) measurements that are not of one executor on one machine. Several profiles may have measured
+    different values of its knobs.
     """
     for column in MACHINE_COLUMNS:
         values = list(dict.fromkeys(value for profile in profiles for value in profile.unique(column)))

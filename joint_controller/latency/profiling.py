@@ -104,22 +104,8 @@ def _plan_pairs(settings: Sequence[KnobSetting], num_inputs: int, seed: int) -> 
 
 def sample_settings(knob_space: KnobSpace, num_settings: int | None = None, seed: int = 42) -> list[KnobSetting]:
     """
-    Settings to profile.
-
-    Args:
-        knob_space ([`KnobSpace`]):
-            Settings to choose from.
-        num_settings (`int`, *optional*):
-            How many: a random sample with the cheapest and the most expensive setting. By default, and if there are no
-            more, all.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the sample.
-
-    Returns:
-        `list[KnobSetting]`: cheapest first.
-
-    Raises:
-        ValueError: If `num_settings` is below 2.
+    Settings to profile, cheapest first: all of a knob space, or a random sample of `num_settings` (2 or more) with the
+    cheapest and the most expensive one.
     """
     settings = list(knob_space)
     if num_settings is None or num_settings >= len(settings):
@@ -128,12 +114,6 @@ def sample_settings(knob_space: KnobSpace, num_settings: int | None = None, seed
         raise ValueError(f"`num_settings` is {num_settings}: give 2 or more.")
     between = sorted(random.Random(seed).sample(range(1, len(settings) - 1), num_settings - 2))
     return [settings[index] for index in (0, *between, -1)]
-
-
-def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Median, and interquartile range as a share of the median."""
-    lower, median, upper = np.percentile(values, (25, 50, 75))
-    return float(median), float((upper - lower) / median)
 
 
 def _row(
@@ -150,15 +130,16 @@ def _row(
         times[time_column(DECODE)] = [float(np.median(repeat.decode_ms[:num_steps])) for repeat in repeats]
         row["decode_ms"] = np.median([repeat.decode_ms[:num_steps] for repeat in repeats], axis=0).tolist()
     for column, values in times.items():
-        row[column], row[f"{column}_spread"] = _median_and_spread(values)
+        lower, median, upper = np.percentile(values, (25, 50, 75))
+        row[column], row[f"{column}_spread"] = float(median), float((upper - lower) / median)
     row["num_repeats"] = len(repeats)
     row["repeats_disagree"] = any(row.get(f"{time_column(stage)}_spread", 0.0) > DISAGREEMENT for stage in predicted)
     return row
 
 
-def machine_of(executor: Executor) -> dict[str, str]:
-    """What is measured on what: the columns `MACHINE_COLUMNS` of a profile."""
-    return {
+def _machine_of(executor: Executor) -> dict[str, Any]:
+    """What is measured on what: the columns `MACHINE_COLUMNS` of a profile, and the lengths that prompts are padded to."""
+    machine = {
         "device_name": device_name(executor.device),
         "driver_version": driver_version(executor.device),
         "torch_version": torch.__version__,
@@ -171,6 +152,9 @@ def machine_of(executor: Executor) -> dict[str, str]:
         "knob_space": json.dumps(executor.knob_space.to_dict()),
         "stage_names": json.dumps(executor.stage_names),
     }
+    if executor.prefill_lengths is not None:
+        machine["prefill_lengths"] = list(executor.prefill_lengths)
+    return machine
 
 
 def profile_executor(
@@ -246,9 +230,7 @@ def profile_executor(
     inputs = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
     pairs = _plan_pairs(settings, len(inputs), seed)[:num_measurements]
     costs = executor_family(executor.model_type).cost_model(executor.shape, None, executor.knob_space.names)
-    machine = machine_of(executor)
-    if executor.prefill_lengths is not None:
-        machine["prefill_lengths"] = list(executor.prefill_lengths)
+    machine = _machine_of(executor)
     plan = {
         **machine,
         "settings": [list(setting.values()) for setting in settings],
@@ -267,9 +249,6 @@ def profile_executor(
             return wanted
         left_s = time_limit_s - (time.perf_counter() - started)
         return min(wanted, max(1, int(left_s / (request_s * passes))))
-
-    def is_over() -> bool:
-        return time_limit_s is not None and time.perf_counter() - started > time_limit_s
 
     def say(text: str) -> None:
         if progress:
@@ -319,7 +298,7 @@ def profile_executor(
                     # The first in the order of the plan: should the time end within it, what was measured is spread out.
                     random.Random(f"{seed}/{repeat}").shuffle(order)
                 for index in order:
-                    if is_over():
+                    if time_limit_s is not None and time.perf_counter() - started > time_limit_s:
                         break
                     journal.add(index, repeat, measure(*pairs[index]))
                     bar.update()

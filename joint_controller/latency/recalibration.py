@@ -22,7 +22,7 @@ from .fitting import (
     stage_data,
 )
 from .held_out import HeldOut, errors, report_errors
-from .modeling_latency_estimator import LatencyEstimatorModel, differing_sizes, learned_factor
+from .modeling_latency_estimator import LatencyEstimatorModel, differing_executors, learned_factor
 from .profile_table import PROVENANCE_COLUMNS, profile_settings
 
 
@@ -42,24 +42,14 @@ def recalibrate(
     base: LatencyEstimatorModel, profile: Dataset, rows: Sequence[int] | None = None
 ) -> LatencyEstimatorModel:
     """
-    Adapts a fitted estimator to measurements of the same executor on other hardware. The shares of the physical terms in
-    each stage are those of the base estimator, except where the measurements speak against it, and its learned factor is
-    kept or left out, whichever predicts the measurements better.
-
-    Args:
-        base ([`LatencyEstimatorModel`]):
-            A fitted estimator.
-        profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine.
-        rows (`Sequence[int]`, *optional*):
-            Rows of the profile to use. By default all.
-
-    Returns:
-        [`LatencyEstimatorModel`]: without upper quantiles, see [`~latency.recalibration.fit_recalibration`].
+    Adapts a fitted estimator to measurements (`rows` of a profile, by default all) of the same executor on other
+    hardware. The shares of the physical terms in each stage are those of the base estimator, except where the
+    measurements speak against it, and its learned factor is kept or left out, whichever predicts the measurements
+    better. The result has no upper quantiles, see [`~latency.recalibration.fit_recalibration`].
 
     Raises:
-        ValueError: If the profile cannot be fitted to, it is of an executor of another family or of other sizes, or there
-            are fewer than two measurements with a decode step.
+        ValueError: If the profile cannot be fitted to, it is of an executor of another family or of other sizes, or
+            there are fewer than two measurements with a decode step.
     """
     config = estimator_config(profile, base.config.num_units)
     _check_base(base, config)
@@ -72,33 +62,29 @@ def recalibrate(
                 f"{len(data.measured_ms)} measurement(s) of the stage '{stage}' are too few to recalibrate with: give at "
                 "least two."
             )
-        units = base.get_parameter(f"{stage}_units").double()
-        coefficients, share = _recalibrate_stage(data, base.get_parameter(f"{stage}_coefficients").double(), units)
-        units = torch.cat([units[:, :-1], share * units[:, -1:]], dim=1)
+        names = f"{stage}_coefficients", f"{stage}_units"
+        coefficients, units = _recalibrate_stage(data, *(base.get_parameter(name).double() for name in names))
         model.get_parameter(f"{stage}_coefficients").copy_(coefficients)
         model.get_parameter(f"{stage}_units").copy_(units)
     return model
 
 
 def _check_base(base: LatencyEstimatorModel, config: LatencyEstimatorConfig) -> None:
-    shapes = base.config.executor_shape, config.executor_shape
-    types = base.config.executor_type, config.executor_type
-    if types[0] != types[1]:
-        differing = f"model type '{types[0]}' there, '{types[1]}' here"
-    else:
-        differing = "" if None in shapes else differing_sizes(*shapes)
+    differing = differing_executors(base.config, config.executor_type, config.executor_shape)
     if differing:
         raise ValueError(
             f"the base estimator was fitted on another executor ({differing}): hardware can be changed, the executor cannot."
         )
 
 
-def _recalibrate_stage(data: StageData, base: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Coefficients of a stage, and how much of the learned factor goes with them."""
+def _recalibrate_stage(data: StageData, base: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients and units of a stage, from those of the base estimator."""
+
+    def scaled_units(share: float) -> torch.Tensor:
+        return torch.cat([units[:, :-1], share * units[:, -1:]], dim=1)
 
     def features(share: float) -> torch.Tensor:
-        scaled = torch.cat([units[:, :-1], share * units[:, -1:]], dim=1)
-        return data.features * learned_factor(scaled, data.inputs.unbind(1))[:, None]
+        return data.features * learned_factor(scaled_units(share), data.inputs.unbind(1))[:, None]
 
     def fit(shaped: torch.Tensor, rows: list[int], strength: float) -> torch.Tensor:
         shaped, measured_ms = shaped[rows], data.measured_ms[rows]
@@ -123,31 +109,16 @@ def _recalibrate_stage(data: StageData, base: torch.Tensor, units: torch.Tensor)
         if best is None or misfit < best[0]:
             best = misfit, share, strength
     _, share, strength = best
-    return fit(features(share), order, strength), share
+    return fit(features(share), order, strength), scaled_units(share)
 
 
 def fit_recalibration(
     base: LatencyEstimatorModel, profile: Dataset, num_folds: int = 4, seed: int = 42
 ) -> tuple[LatencyEstimatorModel, HeldOut]:
     """
-    Adapts a fitted estimator to all measurements of a profile, with its held-out error and its upper quantiles from
-    cross-validation over settings and inputs that were not recalibrated with.
-
-    Args:
-        base ([`LatencyEstimatorModel`]):
-            The estimator to adapt.
-        profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine.
-        num_folds (`int`, *optional*, defaults to 4):
-            Parts of settings and of inputs in the cross-validation.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the division into folds.
-
-    Returns:
-        `tuple[LatencyEstimatorModel, HeldOut]`: the estimator, whose error is in `config.held_out`, and what was held out.
-
-    Raises:
-        ValueError: As [`~latency.recalibration.recalibrate`], or if the profile has too few settings or inputs to hold some out.
+    [`~latency.recalibration.recalibrate`] to all measurements of a profile, with the held-out error
+    (`config.held_out`) and upper quantiles from cross-validation over settings and inputs that were not recalibrated
+    with, see [`~latency.fitting.held_out_folds`]. Gives the estimator, and what was held out.
     """
     model = recalibrate(base, profile)
     folds = held_out_folds(profile, num_folds, seed)
@@ -166,26 +137,14 @@ def recalibration_errors(
 ) -> dict[str, Any]:
     """
     The error of recalibration against the number of measurements, on measurements that share neither setting nor input
-    with those that it was given.
-
-    Args:
-        base ([`LatencyEstimatorModel`]):
-            The estimator to adapt.
-        profile ([`~datasets.Dataset`]):
-            Measurements of one executor on one machine.
-        sizes (`Sequence[int]`, *optional*, defaults to (10, 25, 50)):
-            Numbers of measurements.
-        draws (`int`, *optional*, defaults to 10):
-            Times that measurements are drawn for each number.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the draws.
+    with those that it was given; `draws` times for each of `sizes`.
 
     Returns:
         `dict[str, Any]`: `without`, the errors ([`~latency.held_out.errors`]) of `"prefill"`, `"decode"` and `"total"`
-        by the base estimator as it is, over the whole profile; `by_size`, for each number of measurements (a string) and
-        each of the three the mean of the draws' `mape`, the `largest_mape`, and `mape_without`: that of the base estimator
-        on the same measurements. A number that leaves fewer than five measurements to test on has None in their place.
-        `draws` and `num_measurements`.
+        by the base estimator as it is, over the whole profile; `by_size`, for each number of measurements (a string)
+        and each of the three the mean of the draws' `mape`, the `largest_mape`, and `mape_without`: that of the base
+        estimator on the same measurements. A number that leaves fewer than five measurements to test on has None in
+        their place. `draws` and `num_measurements`.
 
     Raises:
         ValueError: As [`~latency.recalibration.recalibrate`], or if a number is below 2.

@@ -31,6 +31,18 @@ _PUBLISHED_CONSTANTS = {
 }
 
 
+# Of `allenai/MolmoE-1B-0924` (its `config.json`), whose vision tower is CLIP ViT-L/14-336.
+_DEFAULT_TEXT_CONFIG = {"vocab_size": 50304, "intermediate_size": 1024, "max_position_embeddings": 32768}
+_DEFAULT_VISION_CONFIG = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
 class MolmoConfig(PreTrainedConfig):
     r"""
     Configuration of [`MolmoForConditionalGeneration`]: an OLMoE language model, a CLIP vision tower and the connector
@@ -92,12 +104,12 @@ class MolmoConfig(PreTrainedConfig):
         if self.overlap_margins is None:
             self.overlap_margins = [4, 4]
         if self.text_config is None:
-            self.text_config = _default_text_config()
-        elif isinstance(self.text_config, dict):
+            self.text_config = _DEFAULT_TEXT_CONFIG
+        if isinstance(self.text_config, dict):
             self.text_config = OlmoeConfig(**self.text_config)
         if self.vision_config is None:
-            self.vision_config = _default_vision_config()
-        elif isinstance(self.vision_config, dict):
+            self.vision_config = _DEFAULT_VISION_CONFIG
+        if isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**self.vision_config)
         super().__post_init__(**kwargs)
 
@@ -124,23 +136,6 @@ class MolmoConfig(PreTrainedConfig):
         if "d_model" in config_dict:
             config_dict = _from_published(config_dict)
         return super().from_dict(config_dict, **kwargs)
-
-
-def _default_text_config() -> OlmoeConfig:
-    """The language model of `allenai/MolmoE-1B-0924` (its `config.json`)."""
-    return OlmoeConfig(vocab_size=50304, intermediate_size=1024, max_position_embeddings=32768)
-
-
-def _default_vision_config() -> CLIPVisionConfig:
-    """The vision tower of `allenai/MolmoE-1B-0924`: CLIP ViT-L/14-336 (its `config.json`)."""
-    return CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=23,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
 
 
 def _from_published(published: dict[str, Any]) -> dict[str, Any]:

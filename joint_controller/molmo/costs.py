@@ -11,20 +11,10 @@ from ..knobs import KnobSetting
 
 class MolmoCostModel:
     """
-    The [`~executor.CostModel`] of Molmo.
+    The [`~executor.CostModel`] of Molmo. Arguments are those of [`~executor.ExecutorFamily.cost_model`].
 
-    Args:
-        shape (`Mapping[str, Any]`, *optional*):
-            Sizes of the executor, see [`~executor.Executor`]. `None` where they are unknown: every prompt is then taken to
-            touch all weights.
-        prefill_lengths (`list[int]`, *optional*):
-            Lengths, ascending, that prompts are padded to: a prompt costs what the next one costs. By default prompts are
-            not padded; nor are those longer than the last length.
-        knob_names (`Collection[str]`, *optional*, defaults to `("top_k", "num_blocks")`):
-            Knobs that there are.
-
-    Raises:
-        ValueError: If one is missing that costs depend on.
+    Where the executor's sizes are unknown, every prompt is taken to touch all weights. Where prompts are padded, each
+    costs what the next of the lengths costs; those longer than the last are not padded.
     """
 
     count_names = ("num_views", "vision_tokens", "text_tokens")
@@ -72,7 +62,9 @@ class MolmoCostModel:
         num_tokens = columns["vision_tokens"] + columns["text_tokens"]
         top_k, num_blocks = columns["top_k"], columns["num_blocks"]
         if stage == DECODE:
-            context = mean_context(num_tokens, columns["output_tokens"])
+            # Tokens that a step sees on average over an answer: the first sees the prompt and one token, the last, number
+            # `output_tokens - 1`, that many.
+            context = num_tokens + columns["output_tokens"] / 2
             blocks_experts = num_blocks * top_k
             # Attention weights are read once a block, those of `top_k` experts too, and the cache of all tokens before.
             features = (torch.ones_like(context), num_blocks, blocks_experts, context * num_blocks)
@@ -92,13 +84,10 @@ class MolmoCostModel:
         return StageTerms(features, (num_tokens, top_k, num_blocks, num_tokens * top_k))
 
     def request_flops(self, setting: KnobSetting, counts: Mapping[str, int], output_tokens: int) -> int | None:
-        """
-        Floating-point operations (two a multiplication and addition) of the matrix products of one request at batch 1:
-        tower and connector over all views, prefill over the prompt with the scores of its last token, a decode step for
-        each further output token. Norms, activations, softmax and embeddings are left out. Attention counts all pairs of
-        tokens in the prefill, as kernels without a causal shortcut compute them. `None` where the executor's sizes are
-        unknown.
-        """
+        """As [`~executor.CostModel.request_flops`], two a multiplication and addition, at batch 1: tower and connector
+        over all views, prefill over the prompt with the scores of its last token, a decode step for each further
+        output token. Norms, activations, softmax and embeddings are left out. Attention counts all pairs of tokens in
+        the prefill, as kernels without a causal shortcut compute them."""
         if self.shape is None:
             return None
         vision = {name.partition(".")[2]: size for name, size in self.shape.items() if name.startswith("vision_")}
@@ -133,10 +122,8 @@ class MolmoCostModel:
 
 
 def share_of_experts_touched(num_tokens: torch.Tensor, top_k: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """
-    Share of a block's experts that at least one token is sent to, if every token is sent to `top_k` of them at random:
-    1 - (1 - top_k / num_experts)^num_tokens. The weights of these are read, however few tokens they get.
-    """
+    """Share of a block's experts that at least one token is sent to, if every token is sent to `top_k` of them at
+    random: 1 - (1 - top_k / num_experts)^num_tokens. The weights of these are read, however few tokens they get."""
     # In float64, whose rounding is lost in the precision of the result: a longer prompt must not touch less.
     missed = torch.log1p(-(top_k.double() / num_experts).clamp(max=1))
     return -torch.expm1(num_tokens.double() * missed).to(num_tokens.dtype)
@@ -149,11 +136,3 @@ def pad_lengths(num_tokens: torch.Tensor, lengths: Sequence[int] | None) -> torc
     steps = torch.tensor(lengths, dtype=num_tokens.dtype, device=num_tokens.device)
     position = torch.searchsorted(steps, num_tokens.contiguous())
     return torch.where(position < len(lengths), steps[position.clamp(max=len(lengths) - 1)], num_tokens)
-
-
-def mean_context(num_tokens: torch.Tensor, output_tokens: torch.Tensor) -> torch.Tensor:
-    """
-    Tokens that a decode step sees on average over an answer: the first step sees the prompt and one token, the last,
-    number `output_tokens - 1`, that many.
-    """
-    return num_tokens + output_tokens / 2

@@ -163,13 +163,8 @@ class MolmoImageProcessor(BaseImageProcessor):
 
     def tier_range(self, tier: str, tier_crops: Mapping[str, Sequence[int]] | None = None) -> tuple[int, int]:
         """
-        Fewest and most crops of a tier, capped by the checkpoint's `max_crops`.
-
-        Args:
-            tier (`str`):
-                Name of the tier.
-            tier_crops (`dict[str, tuple[int, int]]`, *optional*, defaults to `DEFAULT_TIER_CROPS`):
-                Crop range of each tier.
+        Fewest and most crops of a tier in `tier_crops` (`DEFAULT_TIER_CROPS` by default), capped by the checkpoint's
+        `max_crops`.
 
         Raises:
             ValueError: If the tier is unknown or starts above `max_crops`.
@@ -191,22 +186,9 @@ class MolmoImageProcessor(BaseImageProcessor):
 
     def select_tiling(self, height: int, width: int, min_crops: int, max_crops: int) -> tuple[int, int]:
         """
-        The tiling of at least `min_crops` and at most `max_crops` crops whose aspect ratio is nearest to the image's:
-        the one that makes max(a, b) / min(a, b) of the two ratios smallest, so that an image and its transpose get
-        transposed tilings. On a tie: fewer crops, then fewer rows.
-
-        Args:
-            height (`int`):
-                Height of the image in pixels.
-            width (`int`):
-                Width of the image in pixels.
-            min_crops (`int`):
-                Fewest crops.
-            max_crops (`int`):
-                Most crops.
-
-        Returns:
-            `tuple[int, int]`: Rows and columns of crops.
+        The tiling (rows and columns) of at least `min_crops` and at most `max_crops` crops whose aspect ratio is
+        nearest to the image's: the one that makes max(a, b) / min(a, b) of the two ratios smallest, so that an image
+        and its transpose get transposed tilings. On a tie: fewer crops, then fewer rows.
 
         Raises:
             ValueError: If the range of crops is empty.
@@ -223,21 +205,9 @@ class MolmoImageProcessor(BaseImageProcessor):
         return min((tiling for tiling in _tilings(max_crops) if tiling[0] * tiling[1] >= min_crops), key=distance)
 
     def fit_tiling(self, height: int, width: int, max_crops: int) -> tuple[int, int]:
-        """
-        The tiling of at most `max_crops` crops that the published preprocessing chooses: the one that needs the least
-        enlargement of the image, or, where the image is larger than every tiling, the least reduction.
-
-        Args:
-            height (`int`):
-                Height of the image in pixels.
-            width (`int`):
-                Width of the image in pixels.
-            max_crops (`int`):
-                Most crops.
-
-        Returns:
-            `tuple[int, int]`: Rows and columns of crops.
-        """
+        """The tiling (rows and columns) of at most `max_crops` crops that the published preprocessing chooses: the one
+        that needs the least enlargement of the image, or, where the image is larger than every tiling, the least
+        reduction."""
         tilings = _tilings(max_crops)
         margins = sum(self.overlap_margins) * self.image_patch_size
         windows = np.array(tilings, dtype=np.float32) * (self._window_patches * self.image_patch_size)
@@ -258,23 +228,18 @@ class MolmoImageProcessor(BaseImageProcessor):
         tier_crops: Mapping[str, Sequence[int]] | None = None,
     ) -> tuple[int, int]:
         """
-        The tiling of an image at a tier ([`~MolmoImageProcessor.select_tiling`]) or, without a tier, at most
-        `max_crops` crops ([`~MolmoImageProcessor.fit_tiling`]).
+        The tiling (rows and columns of crops) of an image at a tier ([`~MolmoImageProcessor.select_tiling`]) or,
+        without a tier, of at most `max_crops` crops ([`~MolmoImageProcessor.fit_tiling`]).
 
         Args:
-            height (`int`):
-                Height of the image in pixels.
-            width (`int`):
-                Width of the image in pixels.
+            height (`int`), width (`int`):
+                Size of the image in pixels.
             max_crops (`int`, *optional*, defaults to the checkpoint's `max_crops`):
                 Most crops, where no tier is given.
             tier (`str`, *optional*):
                 Tier of the image.
             tier_crops (`dict[str, tuple[int, int]]`, *optional*, defaults to `DEFAULT_TIER_CROPS`):
                 Crop range of each tier.
-
-        Returns:
-            `tuple[int, int]`: Rows and columns of crops.
 
         Raises:
             ValueError: If the image is empty, both `max_crops` and `tier` are given, or one of them is not allowed.
@@ -285,47 +250,25 @@ class MolmoImageProcessor(BaseImageProcessor):
             raise ValueError(f"both `tier` ({tier!r}) and `max_crops` ({max_crops}) are given: give one of them.")
         if tier is not None:
             return self.select_tiling(height, width, *self.tier_range(tier, tier_crops))
-        if max_crops is None:
-            max_crops = self.max_crops
+        max_crops = self.max_crops if max_crops is None else max_crops
         if max_crops < 1:
             raise ValueError(f"`max_crops` is {max_crops}: an image has at least one crop.")
         return self.fit_tiling(height, width, max_crops)
 
     def token_grids(self, tiling: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """
-        Rows and columns of patch tokens, of the global view and of the tiled image.
-
-        Args:
-            tiling (`Sequence[int]`):
-                Rows and columns of crops.
-        """
+        """Rows and columns of patch tokens, of the global view and of the image in this tiling."""
         rows, columns = self._canvas_patches(tiling)
         global_grid = (self.image_token_length_h, self.image_token_length_w)
         return global_grid, (rows // self._pooling, columns // self._pooling)
 
     def count_image_tokens(self, tiling: Sequence[int]) -> int:
-        """
-        Tokens that stand for an image: for each of the two grids a start token, the patch tokens, a column token after
-        each row, and an end token.
-
-        Args:
-            tiling (`Sequence[int]`):
-                Rows and columns of crops.
-        """
+        """Tokens that stand for an image in this tiling: for each of the two grids a start token, the patch tokens, a
+        column token after each row, and an end token."""
         return sum(rows * (columns + 1) + 2 for rows, columns in self.token_grids(tiling))
 
     def image_input_idx(self, tiling: Sequence[int]) -> torch.Tensor:
-        """
-        Where each pooled patch goes among the tokens of its image.
-
-        Args:
-            tiling (`Sequence[int]`):
-                Rows and columns of crops.
-
-        Returns:
-            `torch.Tensor` of shape `(1 + rows * columns, tokens of a view)` and type int64: positions counted from the
-            image's first token, `-100` for a pooled patch that its crop drops.
-        """
+        """Where each pooled patch goes among the tokens of its image: `(1 + rows * columns, tokens of a view)`, int64,
+        counted from the image's first token, -100 for a pooled patch that its crop drops."""
         (global_rows, global_columns), _ = self.token_grids(tiling)
         first_of_crops = global_rows * (global_columns + 1) + 2
         return torch.cat([self._grid_positions((1, 1), first=0), self._grid_positions(tiling, first=first_of_crops)])
@@ -428,10 +371,8 @@ class MolmoImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _cut(self, image: torch.Tensor, tiling: tuple[int, int], out: torch.Tensor) -> torch.Tensor:
-        """
-        Writes the views of an image (3, height, width) to `out` (1 + crops, patches, 3 · patch²) and returns their masks
-        (1 + crops, patches).
-        """
+        """Writes the views of an image (3, height, width) to `out` (1 + crops, patches, 3 · patch²) and returns their
+        masks (1 + crops, patches)."""
         side = self._view_patches
         canvas, _ = self._resize_and_pad(image, (side, side))
         self._copy_views(canvas, (1, 1), out[:1])
@@ -445,17 +386,14 @@ class MolmoImageProcessor(BaseImageProcessor):
         """Cuts a canvas (height, width, 3) into views (crops, patches, 3 · patch²) and these into patches, in one copy."""
         side, patch = self._view_patches, self.image_patch_size
         view_size, step = side * patch, self._window_patches * patch
-        views = canvas.unfold(0, view_size, step).unfold(
-            1, view_size, step
-        )  # (rows, columns, 3, view_size, view_size)
+        # (rows, columns, 3, view_size, view_size)
+        views = canvas.unfold(0, view_size, step).unfold(1, view_size, step)
         views = views.unflatten(4, (side, patch)).unflatten(3, (side, patch)).permute(0, 1, 3, 5, 4, 6, 2)
         out.view(*tiling, side, side, patch, patch, 3).copy_(views)
 
     def _resize_and_pad(self, image: torch.Tensor, patches: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        An image (3, height, width) scaled into a canvas of (rows, columns) patches and centred in it: the canvas's pixels
-        (height, width, 3), and the share of each patch (rows, columns) that the image covers.
-        """
+        """An image (3, height, width) scaled into a canvas of (rows, columns) patches and centred in it: the canvas's
+        pixels (height, width, 3), and the share of each patch (rows, columns) that the image covers."""
         patch = self.image_patch_size
         canvas_height, canvas_width = (count * patch for count in patches)
         # In float32, as in the published code: a size may otherwise come out one pixel larger or smaller.

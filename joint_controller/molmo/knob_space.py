@@ -1,6 +1,7 @@
 """The knobs of a Molmo: how many crops an image is cut into, how many experts a token has, how many blocks run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..knobs import Knob, KnobSpace, KnobValue, parse_knob_values
@@ -27,7 +28,8 @@ def build_knob_space(
     tier_crops: Mapping[str, Sequence[int]], top_k: Sequence[int], num_blocks: Sequence[int]
 ) -> KnobSpace:
     """
-    The knob space of a Molmo with these values.
+    The knob space of a Molmo with these values: the knobs `tier` (decided by stage 1), `top_k` and `num_blocks` (by
+    stage 2), in this order.
 
     Args:
         tier_crops (`dict[str, tuple[int, int]]`):
@@ -36,9 +38,6 @@ def build_knob_space(
             Experts per token, ascending.
         num_blocks (`Sequence[int]`):
             Numbers of transformer blocks that run, ascending.
-
-    Returns:
-        [`KnobSpace`]: the knobs `tier` (decided by stage 1), `top_k` and `num_blocks` (by stage 2), in this order.
 
     Raises:
         ValueError: If a knob has no value, values are not ascending integers of 1 or more, a tier is unknown, or tiers
@@ -87,16 +86,14 @@ def molmo_knob_space(config: "MolmoConfig", knob_values: Mapping[str, Sequence[K
     crops = {**DEFAULT_TIER_CROPS, **tier_crops_of(default)}
     knobs = []
     for knob in default.knobs:
-        values = [knob.parse(value) if isinstance(value, str) else value for value in knob_values.get(knob.name, ())]
-        if knob.name not in knob_values:
-            knobs.append(knob)
-        elif knob.name == "tier":
-            unknown = [tier for tier in values if tier not in crops]
+        if knob.name in knob_values:
+            values = [knob.parse(value) if isinstance(value, str) else value for value in knob_values[knob.name]]
+            unknown = [tier for tier in values if tier not in crops] if knob.name == "tier" else []
             if unknown:
                 raise ValueError(f"knob `tier` has unknown values {unknown}: choose from {list(crops)}.")
-            knobs.append(Knob("tier", values, knob.stage, [crops[tier] for tier in values], knob.description))
-        else:
-            knobs.append(Knob(knob.name, values, knob.stage, description=knob.description))
+            meanings = [crops[tier] for tier in values] if knob.name == "tier" else None
+            knob = replace(knob, values=values, meanings=meanings)
+        knobs.append(knob)
     space = KnobSpace(knobs)
     check_knob_space(space, config)
     return space
@@ -110,30 +107,20 @@ def tier_crops_of(space: KnobSpace) -> dict[str, tuple[int, int]]:
 
 def check_knob_space(space: KnobSpace, config: "MolmoConfig") -> None:
     """
-    Refuses a knob space that a checkpoint cannot be set to.
-
-    Args:
-        space ([`KnobSpace`]):
-            The knob space, of any origin.
-        config ([`MolmoConfig`]):
-            Configuration of the model.
+    Refuses a knob space of any origin that a checkpoint cannot be set to.
 
     Raises:
         ValueError: If the knobs are not those of a Molmo, or a value is outside what the checkpoint has.
     """
     _check_values(space)
-    num_experts = config.text_config.num_experts
-    total_blocks = config.text_config.num_hidden_layers
-    if space["top_k"].values[-1] > num_experts:
-        raise ValueError(
-            f"knob `top_k` has the value {space['top_k'].values[-1]} but the executor has {num_experts} experts per block: "
-            f"use values from 1 to {num_experts}."
-        )
-    if space["num_blocks"].values[-1] > total_blocks:
-        raise ValueError(
-            f"knob `num_blocks` has the value {space['num_blocks'].values[-1]} but the executor has {total_blocks} blocks: "
-            f"use values from 1 to {total_blocks}."
-        )
+    text = config.text_config
+    limits = {"top_k": (text.num_experts, "experts per block"), "num_blocks": (text.num_hidden_layers, "blocks")}
+    for name, (most, what) in limits.items():
+        if space[name].values[-1] > most:
+            raise ValueError(
+                f"knob `{name}` has the value {space[name].values[-1]} but the executor has {most} {what}: use values from "
+                f"1 to {most}."
+            )
     for tier, (fewest, _) in tier_crops_of(space).items():
         if fewest > config.max_crops:
             raise ValueError(
@@ -171,7 +158,8 @@ def _check_values(space: KnobSpace) -> None:
     most_so_far = 0
     for name in tier.values:
         crops = tier.meaning(name)
-        if not _is_crop_range(crops):
+        is_pair = isinstance(crops, tuple) and len(crops) == 2 and all(isinstance(number, int) for number in crops)
+        if not is_pair or not 1 <= crops[0] <= crops[1]:
             raise ValueError(f"tier '{name}' has the crop range {crops!r}: give [fewest, most], 1 or more each.")
         if crops[0] <= most_so_far:
             raise ValueError(
@@ -183,12 +171,3 @@ def _check_values(space: KnobSpace) -> None:
         values = space[name].values
         if any(not isinstance(value, int) or value < 1 for value in values):
             raise ValueError(f"knob `{name}` has the values {list(values)}: all must be integers of 1 or more.")
-
-
-def _is_crop_range(crops: object) -> bool:
-    return (
-        isinstance(crops, tuple)
-        and len(crops) == 2
-        and all(isinstance(number, int) for number in crops)
-        and 1 <= crops[0] <= crops[1]
-    )

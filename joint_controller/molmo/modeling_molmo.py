@@ -61,11 +61,8 @@ class MolmoPreTrainedModel(PreTrainedModel):
 
 
 class MolmoEmbedding(nn.Module):
-    """
-    Token embedding in two tables: the base vocabulary, and behind it the additional tokens that stand for images.
-
-    Two parameters as in the published checkpoints, so that the output layer's vocabulary equals the base table.
-    """
+    """Token embedding in two tables: the base vocabulary, and behind it the additional tokens that stand for images.
+    Two parameters as in the published checkpoints, so that the output layer's vocabulary equals the base table."""
 
     def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
         super().__init__()
@@ -81,13 +78,9 @@ class MolmoEmbedding(nn.Module):
 
 
 class MolmoVisionTower(MolmoPreTrainedModel):
-    """
-    CLIP's vision transformer on flattened patches.
-
-    It equals `CLIPVisionModel` up to its last block, but takes patches instead of images (the patch embedding is a
-    linear layer, CLIP's convolution with its axes permuted), stops at the last block that is read, and has no final
-    layer norm.
-    """
+    """CLIP's vision transformer on flattened patches. It equals `CLIPVisionModel` up to its last block, but takes
+    patches instead of images (the patch embedding is a linear layer, CLIP's convolution with its axes permuted), stops
+    at the last block that is read, and has no final layer norm."""
 
     config_class = CLIPVisionConfig
     main_input_name = "pixel_values"
@@ -104,15 +97,8 @@ class MolmoVisionTower(MolmoPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(views, patches, 3·patch²)`):
-                Patches of each view, their pixels in (row, column, channel) order.
-
-        Returns:
-            `list[torch.Tensor]`: the output of each block that runs, of shape `(views, 1 + patches, width)`; the first
-            position is the class token.
-        """
+        """The output of each block that runs, `(views, 1 + patches, width)`, the class token first, for the patches of
+        each view, `(views, patches, 3·patch²)`, their pixels in (row, column, channel) order."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         hidden_states = torch.cat([class_token, patches], dim=1) + self.position_embedding
@@ -181,28 +167,16 @@ class MolmoConnector(nn.Module):
         )
 
     def forward(self, features: torch.Tensor, image_masks: torch.Tensor | None) -> torch.Tensor:
-        """
-        Args:
-            features (`torch.Tensor` of shape `(views, patches, feature_size)`):
-                Concatenated outputs of the vision tower's blocks.
-            image_masks (`torch.Tensor` of shape `(views, patches)`, *optional*):
-                Share of each patch that is not padding. `None` if nothing is padded.
-
-        Returns:
-            `torch.Tensor` of shape `(views, tokens, width of the language model)`.
-        """
+        """Vision tokens `(views, tokens, width of the language model)` of `features` `(views, patches, feature_size)`,
+        the concatenated outputs of the tower's blocks. `image_masks` `(views, patches)` are the share of each patch
+        that is not padding, `None` if nothing is padded."""
         windows = self.windows(features, image_masks)
         pooled = self.pooling(windows)
         return self.projector(pooled).unflatten(0, (features.shape[0], -1))
 
     def windows(self, features: torch.Tensor, image_masks: torch.Tensor | None) -> torch.Tensor:
-        """
-        Marks patches that are padding and cuts views into the windows that are pooled. Arguments are those of
-        [`~MolmoConnector.forward`].
-
-        Returns:
-            `torch.Tensor` of shape `(views · tokens, patches in a window, feature_size)`.
-        """
+        """Marks patches that are padding and cuts views into the windows that are pooled:
+        `(views · tokens, patches in a window, feature_size)`. Arguments are those of [`~MolmoConnector.forward`]."""
         if image_masks is not None:
             all_padding = image_masks == 0
             # Masks below 0 count as partly padded: the reference writes -1 for views that it could not line up.
@@ -244,10 +218,8 @@ class MolmoTextModel(OlmoeModel):
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """
-        Runs the active blocks. Arguments are those of [`MolmoForConditionalGeneration.forward`].
-
-        Returns:
-            [`~transformers.modeling_outputs.MoeModelOutputWithPast`] with hidden states of shape `(B, L, width)`.
+        Runs the active blocks; hidden states are `(B, L, width)`. Arguments are those of
+        [`MolmoForConditionalGeneration.forward`].
 
         Raises:
             RuntimeError: If a decoder layer ran without adding to the cache.
@@ -298,10 +270,8 @@ class MolmoTextModel(OlmoeModel):
 
 
 class _ActiveBlockCache:
-    """
-    What attention sees of the KV cache: the active blocks take the cache's first slots in their order, so that the
-    cache holds no entry for a block that does not run and its first slot is always in use.
-    """
+    """What attention sees of the KV cache: the active blocks take the cache's first slots in their order, so that the
+    cache holds no entry for a block that does not run and its first slot is always in use."""
 
     def __init__(self, cache: Cache, active_blocks: Sequence[int]):
         self._cache = cache
@@ -315,13 +285,9 @@ class _ActiveBlockCache:
         return self._cache.update(key_states, value_states, self._slots[layer_idx], *args, **kwargs)
 
     def check_use(self):
-        """
-        A decoder layer swallows arguments that it does not know. One that did not take the cache has attended to
-        nothing but the tokens of this call, and every later token would be wrong without any other sign of it.
-
-        Raises:
-            RuntimeError: If an active block did not update the cache.
-        """
+        """Refuses, by a `RuntimeError`, that an active block did not update the cache. A decoder layer swallows
+        arguments that it does not know. One that did not take the cache has attended to nothing but the tokens of this
+        call, and every later token would be wrong without any other sign of it."""
         if self._unused:
             raise RuntimeError(
                 f"decoder blocks {sorted(self._unused)} did not use the KV cache that they were given as "
@@ -370,16 +336,14 @@ class MolmoModel(MolmoPreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Encodes views. Each view is encoded by itself: its features do not depend on other views or samples.
+        Encodes views: vision tokens `(B, V, T, width of the language model)`. Those of a view do not depend on other
+        views or samples.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, V, P, 3·patch²)`):
                 Patches of each view, as [`MolmoProcessor`] gives them. A view of -1 is padding.
             image_masks (`torch.Tensor` of shape `(B, V, P)`, *optional*):
                 Share of each patch that is not padding.
-
-        Returns:
-            `torch.Tensor` of shape `(B, V, T, width of the language model)`.
         """
         batch_size, num_views = pixel_values.shape[:2]
         views = pixel_values.flatten(0, 1)
@@ -393,20 +357,8 @@ class MolmoModel(MolmoPreTrainedModel):
     def place_image_features(
         self, inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_input_idx: torch.LongTensor
     ) -> torch.Tensor:
-        """
-        Adds image features to the embeddings of the tokens that stand for them.
-
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(B, L, width)`):
-                Token embeddings.
-            image_features (`torch.Tensor` of shape `(B, V, T, width)`):
-                Output of [`~MolmoModel.get_image_features`].
-            image_input_idx (`torch.LongTensor` of shape `(B, V, T)`):
-                Position in the sequence of each feature; a negative position drops it.
-
-        Returns:
-            `torch.Tensor` of shape `(B, L, width)`.
-        """
+        """Adds image features `(B, V, T, width)` to the embeddings `(B, L, width)` of the tokens that stand for them,
+        at the positions `image_input_idx` `(B, V, T)`; a negative one drops the feature."""
         length = inputs_embeds.shape[1]
         positions = image_input_idx.flatten(1).long()
         # Dropped features go to an extra position behind the sequence: no boolean indexing, so no device sync.
@@ -471,10 +423,7 @@ class MolmoModel(MolmoPreTrainedModel):
         )
 
     def check_knobs(self, active_blocks: Sequence[int] | None, top_k: int | None):
-        """
-        Raises:
-            ValueError: If `active_blocks` or `top_k` are outside what the model has.
-        """
+        """Refuses `active_blocks` and `top_k` outside what the model has, by a `ValueError`."""
         num_blocks = self.config.text_config.num_hidden_layers
         num_experts = self.config.text_config.num_experts
         if active_blocks is not None:
@@ -530,19 +479,17 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             ignore_mismatched_sizes=True,
             **kwargs,
         )
-        problems = []
-        for what in ("missing", "unexpected"):
-            names = sorted(info[f"{what}_keys"])
-            if names:
-                problems.append(f"{what} tensors: {_shorten(names)}")
         mismatched = [
             f"{name} is {tuple(found)} but should be {tuple(expected)}"
             for name, found, expected in sorted(info["mismatched_keys"])
         ]
-        if mismatched:
-            problems.append(f"tensors of another shape: {_shorten(mismatched)}")
-        if info["error_msgs"]:
-            problems.append(_shorten(list(info["error_msgs"])))
+        found = {
+            "missing tensors: ": sorted(info["missing_keys"]),
+            "unexpected tensors: ": sorted(info["unexpected_keys"]),
+            "tensors of another shape: ": mismatched,
+            "": list(info["error_msgs"]),
+        }
+        problems = [what + _shorten(names) for what, names in found.items() if names]
         if problems:
             raise ValueError(
                 f"'{pretrained_model_name_or_path}' is not a complete Molmo checkpoint: {'; '.join(problems)}. "

@@ -11,13 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from .image_processing_molmo import MolmoImageProcessor
 
 
-IMAGE_START_TOKEN = "<im_start>"
-IMAGE_END_TOKEN = "<im_end>"
-IMAGE_PATCH_TOKEN = "<im_patch>"
-IMAGE_COLUMN_TOKEN = "<im_col>"
-IMAGE_PROMPT_TOKEN = "<|image|>"
-
-IMAGE_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_COLUMN_TOKEN, IMAGE_PROMPT_TOKEN)
+IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 """Names of the tokens of the additional vocabulary. Their ids differ between checkpoints."""
 
 PROMPT = " User: {style}: {question} Assistant:"
@@ -82,7 +76,8 @@ class MolmoProcessor(ProcessorMixin):
     @staticmethod
     def format_prompt(question: str, style: str = "vqa2") -> str:
         """
-        The prompt of a question, in the published role format with a leading space.
+        The prompt of a question, in the published role format with a leading space:
+        `" User: vqa2: Is there a star? Assistant:"`.
 
         Args:
             question (`str`):
@@ -92,30 +87,14 @@ class MolmoProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If Molmo does not know the style.
-
-        Example:
-
-        ```python
-        >>> processor.format_prompt("Is there a star?")
-        ' User: vqa2: Is there a star? Assistant:'
-        ```
         """
         if style not in PROMPT_STYLES:
             raise ValueError(f"`style` is {style!r}: Molmo was trained with {', '.join(PROMPT_STYLES)}.")
         return PROMPT.format(style=style, question=question)
 
     def image_layout_ids(self, tiling: Sequence[int]) -> list[int]:
-        """
-        Ids of the tokens that stand for an image.
-
-        Args:
-            tiling (`Sequence[int]`):
-                Rows and columns of crops.
-
-        Returns:
-            `list[int]`: For the global view, then for the tiled image: start, patches with a column token after each
-            row, end.
-        """
+        """Ids of the tokens that stand for an image of this tiling: for the global view, then for the tiled image,
+        start, patches with a column token after each row, end."""
         start, end, patch, column = self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS[:4]))
         grids = self.image_processor.token_grids(tiling)
         return list(
@@ -130,24 +109,8 @@ class MolmoProcessor(ProcessorMixin):
         tier: str | None = None,
         tier_crops: Mapping[str, Sequence[int]] | None = None,
     ) -> int:
-        """
-        Tokens that will stand for an image, start, column and end tokens included, from its size alone.
-
-        Args:
-            height (`int`):
-                Height of the image in pixels.
-            width (`int`):
-                Width of the image in pixels.
-            max_crops (`int`, *optional*, defaults to the checkpoint's `max_crops`):
-                Most crops, where no tier is given.
-            tier (`str`, *optional*):
-                Tier of the image.
-            tier_crops (`dict[str, tuple[int, int]]`, *optional*, defaults to `DEFAULT_TIER_CROPS`):
-                Crop range of each tier.
-
-        Raises:
-            ValueError: If the size is zero, or a tier or `max_crops` is not allowed.
-        """
+        """Tokens that will stand for an image, start, column and end tokens included, from its size in pixels alone.
+        Arguments are those of [`MolmoImageProcessor.choose_tiling`]."""
         tiling = self.image_processor.choose_tiling(height, width, max_crops, tier, tier_crops)
         return self.image_processor.count_image_tokens(tiling)
 
@@ -171,12 +134,8 @@ class MolmoProcessor(ProcessorMixin):
                 The bare questions.
             style (`str` or `Sequence[str]`, *optional*, defaults to `"vqa2"`):
                 Answer style of all questions, or of each.
-            max_crops (`int`, *optional*, defaults to the checkpoint's `max_crops`):
-                Most crops of an image; the tiling is chosen as in the published preprocessing.
-            tier (`str` or `Sequence[str]`, *optional*):
-                Tier of all images, or of each.
-            tier_crops (`dict[str, tuple[int, int]]`, *optional*, defaults to `DEFAULT_TIER_CROPS`):
-                Crop range of each tier.
+            max_crops, tier, tier_crops (*optional*):
+                As in [`MolmoImageProcessor.preprocess`].
             return_tensors (`str`, *optional*, defaults to `"pt"`):
                 `"pt"` for PyTorch tensors or `"np"` for NumPy arrays.
 
@@ -238,9 +197,6 @@ def build_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     Args:
         words (`Sequence[str]`):
             Words and punctuation marks. Repetitions are ignored.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: decodes to words with single spaces between them.
 
     Raises:
         ValueError: If an entry is not a single word or mark, so that no text could ever be encoded to it.

@@ -29,16 +29,8 @@ _CONNECTOR_FIELDS = ("pooling_size", "projector_intermediate_size", "vit_layers"
 
 
 def molmo_shape(config: MolmoConfig) -> dict[str, Any]:
-    """
-    The sizes of a Molmo that its latency depends on.
-
-    Args:
-        config ([`MolmoConfig`]):
-            Configuration of the model.
-
-    Returns:
-        `dict[str, Any]`: size of each named field, e.g. `{"text_config.hidden_size": 2048, ...}`; JSON-friendly.
-    """
+    """The size of each field that the latency depends on, e.g. `{"text_config.hidden_size": 2048, ...}`;
+    JSON-friendly."""
     shape = {
         f"{part}.{field}": getattr(getattr(config, part), field)
         for part, fields in _FIELDS.items()

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.hf_argparser import HfArg
+
 from ..scripts import ScriptParser
 
 
@@ -47,59 +49,45 @@ _WITHOUT_EFFECT_ON_RESULTS = (
 
 @dataclass
 class OriginalArguments:
-    """
-    Arguments of the original training script: where the recorded results are, and other names of recipe fields.
-    """
+    """Arguments of the original training script: where the recorded results are, and other names of recipe fields."""
 
     given: frozenset[str] = field(init=False, default=frozenset())
     """Fields that flags or recipe named."""
 
-    results_dir: str | None = field(
+    results_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder of recorded results to train on, without running an executor: as the original profiling scripts "
-            "wrote it, or as `joint-controller import-results` did. With it, defaults are those of the original script: "
-            "batch_size 32, num_epochs 100, lr 1e-4, group_size 5, device cuda, save_every_n_epochs 10, output_dir "
-            "./checkpoints/joint_controller; dataset_names are all that the folder has, budgets go from what the cheapest "
-            "setting takes to what the slowest one takes, and model_path only gives the features of questions and images: "
-            "without one, the controller sees the budget alone."
-        },
+        help="Folder of recorded results to train on, without running an executor: as the original profiling scripts "
+        "wrote it, or as `joint-controller import-results` did. With it, defaults are those of the original script: "
+        "batch_size 32, num_epochs 100, lr 1e-4, group_size 5, device cuda, save_every_n_epochs 10, output_dir "
+        "./checkpoints/joint_controller; dataset_names are all that the folder has, budgets go from what the "
+        "cheapest setting takes to what the slowest one takes, and model_path only gives the features of questions "
+        "and images: without one, the controller sees the budget alone.",
     )
-    image_dir: str | None = field(
+    image_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder of the images of the recorded samples: files named by image id, in a folder for each data set or "
-            "together. Without one, stage 2 does not see the image. Needs results_dir and model_path."
-        },
+        help="Folder of the images of the recorded samples: files named by image id, in a folder for each data set or "
+        "together. Without one, stage 2 does not see the image. Needs results_dir and model_path.",
     )
-    batch_size: int | None = field(
+    batch_size: int | None = HfArg(
+        default=None, help="Samples in a batch: per_device_train_batch_size is this times num_generations."
+    )
+    num_epochs: int | None = HfArg(default=None, help="Another name of num_train_epochs.")
+    lr: float | None = HfArg(default=None, help="Another name of learning_rate.")
+    group_size: int | None = HfArg(default=None, help="Another name of num_generations.")
+    device: str | None = HfArg(
         default=None,
-        metadata={"help": "Samples in a batch: per_device_train_batch_size is this times num_generations."},
+        help="Device to train on. `cpu` is another name of use_cpu; `cuda` is refused where there is none. Default: the "
+        "best one that there is; with results_dir, cuda.",
+        metadata={"choices": ["cpu", "cuda"]},
     )
-    num_epochs: int | None = field(default=None, metadata={"help": "Another name of num_train_epochs."})
-    lr: float | None = field(default=None, metadata={"help": "Another name of learning_rate."})
-    group_size: int | None = field(default=None, metadata={"help": "Another name of num_generations."})
-    device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Device to train on. `cpu` is another name of use_cpu; `cuda` is refused where there is none. Default: "
-            "the best one that there is; with results_dir, cuda.",
-            "choices": ["cpu", "cuda"],
-        },
-    )
-    load_stage1_checkpoint: str | None = field(default=None, metadata={"help": "Another name of stage1_checkpoint."})
+    load_stage1_checkpoint: str | None = HfArg(default=None, help="Another name of stage1_checkpoint.")
 
 
 class TrainParser(ScriptParser):
     """
-    [`ScriptParser`] that knows the original script's names. A flag beats the recipe, whichever of a field's names each
-    uses; two names with different values, both as flags or both in the recipe, are an error.
-
-    Args:
-        dataclass_types (`Iterable[type]`):
-            Dataclasses of the script, [`OriginalArguments`] last.
-        kwargs:
-            Passed on to [`ScriptParser`].
+    [`ScriptParser`] that knows the original script's names: the last of its dataclasses is [`OriginalArguments`]. A flag beats
+    the recipe, whichever of a field's names each uses; two names with different values, both as flags or both in the recipe,
+    are an error.
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs):

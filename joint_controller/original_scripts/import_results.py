@@ -12,11 +12,12 @@ joint-controller train --results_dir outputs/recorded --device cpu --output_dir 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers.hf_argparser import HfArg
 
 from ..executor import executor_shape
 from ..scripts import ScriptParser, run_script
@@ -31,34 +32,25 @@ from .recorded_results import (
 
 @dataclass
 class ImportResultsArguments:
-    """
-    Arguments of `joint-controller import-results`.
-    """
+    """Arguments of `joint-controller import-results`."""
 
-    results_dir: str = field(
-        metadata={
-            "help": "Folder of the results: <dataset>/<dataset>_imgsizetier-<tier>_crops<n>_topk<k>_blocks<b>.json."
-        }
+    results_dir: str = HfArg(
+        help="Folder of the results: <dataset>/<dataset>_imgsizetier-<tier>_crops<n>_topk<k>_blocks<b>.json."
     )
-    output_dir: str = field(
-        metadata={
-            "help": "New folder for samples (samples.parquet), outcomes (outcomes/), times (profile.parquet) and what was "
-            "odd (import_report.json, accuracy_differences.parquet)."
-        }
+    output_dir: str = HfArg(
+        help="New folder for samples (samples.parquet), outcomes (outcomes/), times (profile.parquet) and what was odd "
+        "(import_report.json, accuracy_differences.parquet)."
     )
-    dataset_names: list[str] | None = field(
+    dataset_names: list[str] | None = HfArg(
+        default=None, help="Data sets to import, e.g. `text_vqa coco_2014_vqa`. Default: all of the folder."
+    )
+    model_path: str | None = HfArg(
         default=None,
-        metadata={"help": "Data sets to import, e.g. `text_vqa coco_2014_vqa`. Default: all of the folder."},
+        help="Folder or Hub name of the model that the results were recorded with: its sizes go into the profile, so that "
+        "an estimator that is fitted to it is refused for another model. Default: unknown.",
     )
-    model_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub name of the model that the results were recorded with: its sizes go into the profile, so "
-            "that an estimator that is fitted to it is refused for another model. Default: unknown."
-        },
-    )
-    device_name: str | None = field(
-        default=None, metadata={"help": "Device that the results were recorded on, for the profile. Default: unknown."}
+    device_name: str | None = HfArg(
+        default=None, help="Device that the results were recorded on, for the profile. Default: unknown."
     )
 
 

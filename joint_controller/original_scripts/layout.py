@@ -49,13 +49,7 @@ _ROUNDING = 0.01
 
 
 def find_dataset_folders(results_dir: str | Path) -> dict[str, Path]:
-    """
-    Folders of a results folder by the name of their data set, in which dashes have become underscores.
-
-    Raises:
-        FileNotFoundError: If the results folder does not exist.
-        ValueError: If there is no data set in it, or two folders stand for one data set.
-    """
+    """Folders of a results folder by the name of their data set, in which dashes have become underscores."""
     results_dir = Path(results_dir)
     if not results_dir.is_dir():
         raise FileNotFoundError(f"results folder '{results_dir}' does not exist: check the path.")
@@ -85,11 +79,8 @@ def metric_of(dataset_name: str) -> str:
 
 def read_original_results(folders: Mapping[str, Path]) -> tuple[list[dict[str, Any]], KnobSpace, str]:
     """
-    Reads results, and refuses what is broken or contradicts itself.
-
-    Args:
-        folders (`Mapping[str, Path]`):
-            Folder of each data set, see [`find_dataset_folders`].
+    Reads the results of data sets, given by the folder of each, and refuses what is broken or contradicts itself: a
+    `ValueError` that names file, sample and field.
 
     Returns:
         `tuple[list[dict[str, Any]], KnobSpace, str]`: The measurements, data set by data set; all knob values that occur; and
@@ -97,12 +88,6 @@ def read_original_results(folders: Mapping[str, Path]) -> tuple[list[dict[str, A
         knobs, `answer`, `accuracy` (computed again, by the metric of the data set) and `recorded_accuracy`, the counts and
         `output_tokens`, times in ms (`vision_ms` with the connector, `llm_prefill_ms`, `decode_ms`, `decode_ms_per_token`,
         `latency_ms`), and `file`, where it was found.
-
-    Raises:
-        ValueError: If a folder has no results, a file has another name than it should, is not JSON or lacks a field, a
-            field has an impossible value, file name and content contradict each other, a sample is recorded twice at a
-            setting, its question, answers or image differ between files, or a tier has other crops in one file than in
-            another. The message names file, sample and field.
     """
     digest = hashlib.sha256()
     rows: dict[tuple, dict[str, Any]] = {}

@@ -99,16 +99,8 @@ class OriginalLatencyEstimatorModel(PreTrainedModel):
     @torch.no_grad()
     def forward(self, inputs: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Estimates for n requests.
-
-        Args:
-            inputs (`torch.Tensor` of shape `(n, 5)`):
-                Values of `INPUTS`.
-            position (`torch.Tensor` of shape `(n,)`):
-                Position among the output tokens, from 0, that the decode time is wanted at.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: prefill and decode step, in ms, of shape `(n,)`.
+        Estimates for n requests the prefill and the decode step at a position among the output tokens, from 0, both in ms of
+        shape (n,), from the values of `INPUTS`, (n, 5), and the positions, (n,).
         """
         config, inputs = self.config, inputs.to(self.dtype)
         if config.input_mean is not None:
@@ -218,9 +210,6 @@ def read_original_latency_estimator(path: str | Path) -> OriginalLatencyEstimato
     Args:
         path (`str` or `Path`):
             The file.
-
-    Returns:
-        [`OriginalLatencyEstimatorModel`]
 
     Raises:
         FileNotFoundError: If the file does not exist.

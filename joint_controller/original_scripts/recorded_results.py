@@ -57,30 +57,14 @@ DIFFERENCE_FEATURES = Features(
 
 @dataclass
 class RecordedResults:
-    """
-    Results that were recorded over knob settings.
+    """Results that were recorded over knob settings."""
 
-    Args:
-        samples ([`~datasets.Dataset`]):
-            The samples, with the columns of `SAMPLE_FEATURES`. `image` is null as long as no images were found.
-        outcomes ([`OutcomeStore`]):
-            An outcome, with its measured latency, for each sample and setting that was recorded.
-        profile ([`~datasets.Dataset`]):
-            Times of the stages, as [`~latency.fit_latency_estimator`] takes them.
-        knob_space ([`KnobSpace`]):
-            All values that occur.
-        accuracy_differences ([`~datasets.Dataset`]):
-            Answers whose recorded accuracy differs from the metric's, which is the one that outcomes have.
-        missing_datasets (`list[str]`, *optional*):
-            Known data sets that were asked for and have no results.
-    """
-
-    samples: Dataset
-    outcomes: OutcomeStore
-    profile: Dataset
-    knob_space: KnobSpace
-    accuracy_differences: Dataset
-    missing_datasets: list[str] = field(default_factory=list)
+    samples: Dataset  # with the columns of `SAMPLE_FEATURES`; `image` is null as long as no images were found
+    outcomes: OutcomeStore  # with the measured latency, for each sample and setting that was recorded
+    profile: Dataset  # times of the stages, as `fit_latency_estimator` takes them
+    knob_space: KnobSpace  # all values that occur
+    accuracy_differences: Dataset  # answers whose recorded accuracy differs from the metric's, which outcomes have
+    missing_datasets: list[str] = field(default_factory=list)  # known ones that were asked for and have no results
 
     @property
     def dataset_names(self) -> list[str]:
@@ -115,15 +99,8 @@ class RecordedResults:
 
     def missing_settings(self, knob_space: KnobSpace | None = None) -> dict[str, list[KnobSetting]]:
         """
-        What samples lack.
-
-        Args:
-            knob_space ([`KnobSpace`], *optional*, defaults to that of the results):
-                Settings that a sample should have.
-
-        Returns:
-            `dict[str, list[KnobSetting]]`: The settings that were not recorded, by sample id; complete samples are not in
-            it.
+        The settings of a knob space, by default that of the results, that were not recorded, by sample id; complete samples
+        are not in it.
         """
         missing: dict[str, list[KnobSetting]] = {}
         for sample_id, setting in itertools.product(self.samples["sample_id"][:], knob_space or self.knob_space):
@@ -149,9 +126,6 @@ def load_recorded_results(path: str | Path, dataset_names: Sequence[str] | None 
             Data sets to read, with underscores or dashes. A known data set without results is left out and listed in
             `missing_datasets`; an unknown name is an error.
 
-    Returns:
-        [`RecordedResults`]
-
     Raises:
         FileNotFoundError: If the folder does not exist.
         ValueError: If a data set is unknown, none of them has results, or the results are broken (see
@@ -175,9 +149,6 @@ def import_original_results(
         machine (`Mapping[str, str]`, *optional*):
             What is known of the machine and the executor: machine columns of the profile. The results themselves do not
             tell.
-
-    Returns:
-        [`RecordedResults`]
     """
     folders = find_dataset_folders(results_dir)
     chosen, missing = _choose_datasets(results_dir, list(folders), dataset_names)
@@ -237,20 +208,8 @@ def _to_dataset(rows: Collection[Mapping[str, Any]], features: Features) -> Data
 
 def save_recorded_results(results: RecordedResults, output_dir: str | Path) -> dict[str, Any]:
     """
-    Writes recorded results as tables: `samples.parquet`, `profile.parquet`, the folder `outcomes`,
-    `accuracy_differences.parquet` where there are differences, and `import_report.json`.
-
-    Args:
-        results ([`RecordedResults`]):
-            What to write.
-        output_dir (`str` or `Path`):
-            New or empty folder.
-
-    Returns:
-        `dict[str, Any]`: The report.
-
-    Raises:
-        FileExistsError: If there is something in the folder already.
+    Writes recorded results as tables into a new or empty folder: `samples.parquet`, `profile.parquet`, the folder `outcomes`,
+    `accuracy_differences.parquet` where there are differences, and `import_report.json`. Returns that report.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
@@ -268,11 +227,7 @@ def save_recorded_results(results: RecordedResults, output_dir: str | Path) -> d
 
 
 def make_report(results: RecordedResults) -> dict[str, Any]:
-    """
-    What there is and what is odd about it, as JSON: knob space and fingerprint; for each data set `num_samples`,
-    `num_outcomes`, `metric`, `accuracy`, and the number of and largest among the `accuracy_differences`; the settings
-    that samples lack (`missing_settings`); the data sets without results; the data sets that are not known.
-    """
+    """What there is and what is odd about it, as JSON."""
     datasets: dict[str, dict[str, Any]] = {}
     num_samples = Counter(map(dataset_name_of_sample, results.samples["sample_id"][:]))
     outcomes = results.known_outcomes()

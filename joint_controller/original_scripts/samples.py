@@ -34,11 +34,7 @@ def find_images(samples: Dataset, image_dir: str | Path) -> Dataset:
 
     Returns:
         [`~datasets.Dataset`]: The samples with the paths of their images, and a column `defect` that says why there is none
-        (null where there is one), as [`~joint_controller.data.row_checks.keep_good_rows`] reads it.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If a sample's image has several files, or no sample has one.
+        (null where there is one), as [`~joint_controller.data.keep_good_rows`] reads it.
     """
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
@@ -88,16 +84,6 @@ def split_samples(samples: Dataset) -> dict[str, Dataset]:
     SHA-256 of their id; the first tenth (one at least) is for validation, the next tenth (one at least) for the test, the
     rest for training. So the division is the same in every run over the same samples, whatever the seed. Each split is in
     that order, too, so that its beginning is a random part of it.
-
-    Args:
-        samples ([`~datasets.Dataset`]):
-            Samples of [`RecordedResults`].
-
-    Returns:
-        `dict[str, Dataset]`: The splits by name.
-
-    Raises:
-        ValueError: If there are fewer than three samples.
     """
     if len(samples) < len(SPLITS):
         raise ValueError(

@@ -40,21 +40,8 @@ def set_up_from_results(
 ) -> TrainingSetup:
     """
     Reads recorded results, and fits the batch size, the latency budgets and what the controller sees to them, as far as
-    `original_args.given` leaves that open. The log says what came of it.
-
-    Args:
-        args ([`TrainArguments`]):
-            Names data sets, model, knob values and latency estimator.
-        training_args ([`JointGRPOConfig`]):
-            Its batch size and budget range are changed where they do not fit.
-        original_args ([`OriginalArguments`]):
-            Names results and images.
-        open_output_dir (`Callable[[], None]`):
-            Makes the output folder and its log. Called when what can be refused has been.
-
-    Raises:
-        FileNotFoundError: If results, images, model or estimator do not exist.
-        ValueError: If they are broken or do not fit each other.
+    `original_args.given` leaves that open; `training_args` are changed to it. The log says what came of it. `open_output_dir`,
+    which makes the output folder and its log, is called when what can be refused has been.
     """
     inputs = _resolve_inputs(args, original_args)
     set_num_threads(args)

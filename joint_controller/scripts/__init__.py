@@ -65,18 +65,16 @@ _TYPE_NAMES = {"str": "TEXT", "int": "INT", "float": "NUMBER", "string_to_bool":
 
 class ScriptParser(TrlParser):
     """
-    TRL's parser (flags over a YAML recipe over defaults) that refuses what it does not know: an unknown field or flag, a
-    value of the wrong type, a flag spelt in part. Errors are `ValueError`s that name the field, where it stood and the
+    [`trl.TrlParser`] (flags over a YAML recipe over defaults) that refuses what it does not know: an unknown field or flag,
+    a value of the wrong type, a flag spelt in part. Errors are `ValueError`s that name the field, where it stood and the
     nearest known one.
 
     Help lists the fields that this package declares, and of those that they inherit from other libraries the common ones;
-    `--help_all` lists all.
+    `--help_all` lists all. It depends neither on the terminal nor on the versions of other libraries.
 
     Args:
         dataclass_types (`Iterable[type]`):
             Dataclasses whose fields are the script's arguments.
-        kwargs:
-            Passed on to [`trl.TrlParser`].
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs):
@@ -112,18 +110,10 @@ class ScriptParser(TrlParser):
         raise ValueError(message)
 
     def print_help(self, file=None) -> None:
-        """Prints what [`~ScriptParser.format_help`] gives, wrapped to the width of the terminal."""
         print_help_text(self.format_help())
 
     def format_help(self, everything: bool = False) -> str:
-        """
-        The help text, which depends neither on the terminal nor on the versions of other libraries.
-
-        Args:
-            everything (`bool`, *optional*, defaults to `False`):
-                Whether to explain all fields that are inherited from other libraries, in the words of the installed
-                versions.
-        """
+        """The help text; `everything` explains all inherited fields, in the words of the installed libraries."""
         lines = [f"usage: {self.prog} [--config RECIPE.yaml] [--FIELD VALUE ...]", ""]
         if self.description is not None:
             # Paragraphs are made one line each.
@@ -144,13 +134,7 @@ class ScriptParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple[Any, ...]:
         """
-        Parses flags, and the recipe that `--config` names, into instances of the dataclasses.
-
-        Args:
-            args (`Iterable[str]`, *optional*, defaults to `sys.argv[1:]`):
-                Command-line arguments.
-            kwargs:
-                Passed on to [`trl.TrlParser.parse_args_and_config`].
+        Parses flags (by default `sys.argv[1:]`), and the recipe that `--config` names, into instances of the dataclasses.
 
         Raises:
             ValueError: If a field or flag is unknown, or a value cannot be read.
@@ -303,16 +287,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def guard(program: str, function: Callable[[], Any]) -> int:
     """
     Calls `function` and turns an error at its edge (`ValueError`, `OSError`, a package that is not installed) into one
-    line on stderr. With the environment variable `JOINT_CONTROLLER_DEBUG=1` the error is raised with its traceback.
-
-    Args:
-        program (`str`):
-            Name in front of the line, e.g. `"joint-controller train"`.
-        function (`Callable`):
-            What to run.
-
-    Returns:
-        `int`: Exit code: 0, 2 after an error, 130 after Ctrl-C.
+    line on stderr, after the name of the program. With the environment variable `JOINT_CONTROLLER_DEBUG=1` the error is
+    raised with its traceback. Returns an exit code: 0, 2 after an error, 130 after Ctrl-C.
     """
     try:
         function()
@@ -331,22 +307,8 @@ def run_script(
     name: str, make_parser: Callable[[], ScriptParser], main: Callable[..., Any], argv: Sequence[str] | None = None
 ) -> int:
     """
-    Parses the arguments and runs the script under [`guard`].
-
-    Args:
-        name (`str`):
-            Name of the subcommand, e.g. `"train"`.
-        make_parser (`Callable`):
-            The script's `make_parser`.
-        main (`Callable`):
-            The script's `main`, called with what the parser returns.
-        argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`):
-            Command-line arguments.
-
-    Returns:
-        `int`: Exit code, as [`guard`] gives it.
-
-    Example, at the end of a script:
+    Parses the arguments (by default `sys.argv[1:]`) of a subcommand and runs its script under [`guard`], whose exit code it
+    returns. At the end of a script:
 
     ```python
     if __name__ == "__main__":

@@ -14,20 +14,24 @@ import random
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+from rich.console import Console
+
+from ..data import SkippedRows, load_vqa_parts, stream_vqa_datasets, take_rows
+from ..data.contact_sheet import draw_contact_sheet
+from ..data.report import DataPart, make_tables, to_json
+from ..data.statistics import describe_dataset
+from ..evaluation.scoring import check_metrics
+from ..executor import EMBEDDED, load_input_counter
+from ..images import convert_to_rgb
+from ..knobs import parse_knob_values
+from ..original_scripts.arguments import OriginalArguments
+from ..trainer import JointGRPOConfig
 from . import run_script
 from .data_arguments import check_splits, open_skipped_rows
-from .train import make_parser
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..data import SkippedRows
-    from ..original_scripts.arguments import OriginalArguments
-    from ..trainer import JointGRPOConfig
-    from .train import TrainArguments
+from .train import TrainArguments, make_parser
 
 
 REPORT_FILE = "data_report.md"
@@ -41,16 +45,7 @@ NUM_STREAMED = 1000
 """Training samples that are read of a stream, unless the recipe asks for fewer."""
 
 
-def main(script_args: "TrainArguments", training_args: "JointGRPOConfig", original_args: "OriginalArguments"):
-    from rich.console import Console
-
-    from ..data.contact_sheet import draw_contact_sheet
-    from ..data.report import DataPart, make_tables, to_json
-    from ..data.statistics import describe_dataset
-    from ..evaluation.scoring import check_metrics
-    from ..executor import EMBEDDED, load_input_counter
-    from ..knobs import parse_knob_values
-
+def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_args: OriginalArguments):
     if original_args.results_dir is not None:
         raise ValueError(
             "this command shows data sets, not recorded results (`results_dir`): leave it out and give `dataset_names`."
@@ -100,11 +95,9 @@ def main(script_args: "TrainArguments", training_args: "JointGRPOConfig", origin
 
 
 def _load_datasets(
-    args: "TrainArguments", seed: int, skipped_rows: "SkippedRows | None"
-) -> "dict[tuple[str, str, str], Dataset]":
+    args: TrainArguments, seed: int, skipped_rows: SkippedRows | None
+) -> dict[tuple[str, str, str], Dataset]:
     """Samples by name, role and split, data set after data set."""
-    from ..data import load_vqa_parts
-
     roles = {
         "train": (args.train_split, args.max_train_samples),
         "validation": (args.eval_split, args.max_eval_samples),
@@ -120,10 +113,8 @@ def _load_datasets(
     return {key: datasets[key] for name in args.dataset_names for key in datasets if key[0] == name}
 
 
-def _read_streams(args: "TrainArguments", seed: int, skipped_rows: "SkippedRows | None") -> "dict[str, Dataset]":
+def _read_streams(args: TrainArguments, seed: int, skipped_rows: SkippedRows | None) -> dict[str, Dataset]:
     """The first training samples of each data set, as many as its share of the mixture."""
-    from ..data import stream_vqa_datasets, take_rows
-
     num_samples = min(args.max_train_samples or NUM_STREAMED, NUM_STREAMED)
     weights = args.dataset_weights or [1] * len(args.dataset_names)
     return {
@@ -135,10 +126,8 @@ def _read_streams(args: "TrainArguments", seed: int, skipped_rows: "SkippedRows 
     }
 
 
-def _draw_samples(datasets: "list[Dataset]", seed: int) -> list[dict[str, Any]]:
+def _draw_samples(datasets: list[Dataset], seed: int) -> list[dict[str, Any]]:
     """Samples that training would use, with images as the executor sees them."""
-    from ..images import convert_to_rgb
-
     rows = [(dataset, row) for dataset in datasets for row in range(len(dataset))]
     samples = [dataset[row] for dataset, row in random.Random(seed).sample(rows, min(NUM_PICTURED, len(rows)))]
     return [{**sample, "image": convert_to_rgb(sample["image"])} for sample in samples]

@@ -1,8 +1,10 @@
 """The data sets, as the arguments of several scripts name them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 
 if TYPE_CHECKING:
@@ -16,88 +18,62 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 
 @dataclass
 class DatasetArguments:
-    """
-    Arguments that choose data sets and mix them.
-    """
+    """Arguments that choose data sets and mix them."""
 
-    dataset_names: list[str] = field(
+    dataset_names: list[str] = HfArg(
         default_factory=lambda: ["easy_vqa", "scenes"],
-        metadata={
-            "help": "Data sets: `easy_vqa`, `scenes`, the name of a published one (from the Hub), `<name>=<path>` for a "
-            "published one in a local folder, or the path of a folder written by `save_to_disk` or of Parquet files with the "
-            "columns image, question and answers."
-        },
+        help="Data sets: `easy_vqa`, `scenes`, the name of a published one (from the Hub), `<name>=<path>` for a "
+        "published one in a local folder, or the path of a folder written by `save_to_disk` or of Parquet files with "
+        "the columns image, question and answers.",
     )
-    dataset_weights: list[float] | None = field(
+    dataset_weights: list[float] | None = HfArg(
         default=None,
-        metadata={
-            "help": "One positive number for each data set: its share of the samples; only ratios count. An epoch is then as "
-            "long as it can be without using a sample twice: with n samples in a data set of share s, the smallest n / s, or "
-            "the limit that is set. Default: an epoch is all samples of all data sets, or the limit, shared evenly."
-        },
+        help="One positive number for each data set: its share of the samples; only ratios count. An epoch is then as "
+        "long as it can be without using a sample twice: with n samples in a data set of share s, the smallest n / "
+        "s, or the limit that is set. Default: an epoch is all samples of all data sets, or the limit, shared evenly.",
     )
-    skip_bad_rows: bool = field(
+    skip_bad_rows: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Leave out rows that cannot be used (image missing, damaged, too small or too large, no question, no "
-            f"answers), count them in the log and list them in `{SKIPPED_ROWS_FILE}` in the output folder. Default: such a "
-            "row is an error."
-        },
+        help="Leave out rows that cannot be used (image missing, damaged, too small or too large, no question, no "
+        f"answers), count them in the log and list them in `{SKIPPED_ROWS_FILE}` in the output folder. Default: such a "
+        "row is an error.",
     )
 
 
 @dataclass
 class DataArguments(DatasetArguments):
-    """
-    Arguments that choose the data to train on, to evaluate on and to test on.
-    """
+    """Arguments that choose the data to train on, to evaluate on and to test on."""
 
-    train_split: str = field(
+    train_split: str = HfArg(
         default="train",
-        metadata={
-            "help": "Split of the data sets to train on. `train[:90%%]` is the part with about 90 percent of its images."
-        },
+        help="Split of the data sets to train on. `train[:90%%]` is the part with about 90 percent of its images.",
     )
-    eval_split: str = field(
+    eval_split: str = HfArg(
         default="validation",
-        metadata={
-            "help": "Split on which controllers are evaluated and the best one is chosen. Must not overlap train_split."
-        },
+        help="Split on which controllers are evaluated and the best one is chosen. Must not overlap train_split.",
     )
-    test_split: str = field(
-        default="test", metadata={"help": "Split for the table at the end. Must not overlap train_split."}
-    )
-    max_train_samples: int | None = field(
+    test_split: str = HfArg(default="test", help="Split for the table at the end. Must not overlap train_split.")
+    max_train_samples: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Training samples in all, at most: the length of an epoch. Of a stream, the first. Default: all."
-        },
+        help="Training samples in all, at most: the length of an epoch. Of a stream, the first. Default: all.",
     )
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={"help": "Validation samples in all, on which the best controller is chosen. Default: all."},
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Validation samples in all, on which the best controller is chosen. Default: all."
     )
-    max_test_samples: int | None = field(
-        default=None, metadata={"help": "Test samples in all, for the table at the end. Default: all."}
+    max_test_samples: int | None = HfArg(
+        default=None, help="Test samples in all, for the table at the end. Default: all."
     )
-    streaming: bool = field(
+    streaming: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Read training samples while they are trained on, in place of preparing all of them first. Needs "
-            "`max_steps`. Each is checked when its turn comes. An epoch is one pass: of several data sets, which take turns, "
-            "or, with weights, until the first has run out. Samples are shuffled in a buffer of 1,000, and a resumed run reads "
-            "again what it has trained on."
-        },
+        help="Read training samples while they are trained on, in place of preparing all of them first. Needs "
+        "`max_steps`. Each is checked when its turn comes. An epoch is one pass: of several data sets, which take "
+        "turns, or, with weights, until the first has run out. Samples are shuffled in a buffer of 1,000, and a "
+        "resumed run reads again what it has trained on.",
     )
 
 
 def check_splits(args: DataArguments) -> None:
-    """
-    Refuses to evaluate or test on samples that are trained on.
-
-    Raises:
-        ValueError: If a split is not understood, or `eval_split` or `test_split` shares images with `train_split`.
-    """
+    """Refuses to evaluate or test on samples that are trained on, and splits that are not understood."""
     from ..data import SplitPart
 
     train = SplitPart.parse(args.train_split)
@@ -131,24 +107,9 @@ def load_split(
     skipped_rows: "SkippedRows | None" = None,
 ) -> "Dataset":
     """
-    Loads a split of the data sets that are asked for. To be called by all processes: the main one of each machine reads and
-    checks the rows first, the others take what it has found.
-
-    Args:
-        args ([`DatasetArguments`]):
-            Names the data sets and their weights.
-        split (`str`):
-            Their split.
-        max_samples (`int` or `None`):
-            At most this many samples in all.
-        seed (`int`):
-            Chooses samples and their order.
-        skipped_rows ([`SkippedRows`], *optional*):
-            What [`open_skipped_rows`] gives.
-
-    Raises:
-        ValueError: As [`~joint_controller.data.load_vqa_datasets`] does, and if a row names a metric that does not exist.
-        ModuleNotFoundError: If a row's metric needs a package that is not installed.
+    Loads a split of the data sets that are asked for, as [`~joint_controller.data.load_vqa_datasets`] does, and checks that
+    their metrics exist and can be computed. To be called by all processes: the main one of each machine reads and checks the
+    rows first, the others take what it has found.
     """
     from accelerate import PartialState
 
@@ -166,24 +127,7 @@ def load_split(
 def load_data_splits(
     args: DataArguments, seed: int, skipped_rows: "SkippedRows | None" = None
 ) -> "tuple[Dataset | IterableDataset, Dataset, Dataset]":
-    """
-    Loads what a recipe trains on, evaluates on and tests on.
-
-    Args:
-        args ([`DataArguments`]):
-            Names data sets, splits and limits.
-        seed (`int`):
-            Chooses samples and their order.
-        skipped_rows ([`SkippedRows`], *optional*):
-            What [`open_skipped_rows`] gives.
-
-    Returns:
-        `tuple[Dataset | IterableDataset, Dataset, Dataset]`: Training samples (a stream with `streaming`), validation and test
-        samples.
-
-    Raises:
-        ValueError: As [`~joint_controller.data.load_vqa_datasets`] and [`check_splits`] do.
-    """
+    """Loads what a recipe trains on (a stream with `streaming`), evaluates on and tests on."""
     from ..data import stream_vqa_datasets
 
     check_splits(args)

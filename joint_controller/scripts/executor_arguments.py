@@ -1,7 +1,9 @@
 """The executor and its latency estimator, as the arguments of several scripts name them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 
 if TYPE_CHECKING:
@@ -16,66 +18,47 @@ FIT = "fit"
 
 @dataclass
 class ExecutorArguments:
-    """
-    Arguments that choose the executor, the values of its knobs, and the estimator of its latency.
-    """
+    """Arguments that choose the executor, the values of its knobs, and the estimator of its latency."""
 
-    model_path: str = field(
-        default="embedded",
-        metadata={"help": "Executor: a folder or Hub name of a model, or `embedded` for the one that ships."},
+    model_path: str = HfArg(
+        default="embedded", help="Executor: a folder or Hub name of a model, or `embedded` for the one that ships."
     )
-    importance_path: dict | str | None = field(
+    importance_path: dict | str | None = HfArg(
         default=None,
-        metadata={
-            "help": "JSON of block importance scores, or of searched sets of blocks, that `joint-controller importance` writes. "
-            "In a recipe also one for each data set, by the beginning of its sample ids, and one for all others: "
-            "`{easy_vqa: a.json, default: b.json}`. By default importance.json in the model folder; without one, the first "
-            "blocks run."
-        },
+        help="JSON of block importance scores, or of searched sets of blocks, that `joint-controller importance` writes. "
+        "In a recipe also one for each data set, by the beginning of its sample ids, and one for all others: "
+        "`{easy_vqa: a.json, default: b.json}`. By default importance.json in the model folder; without one, the "
+        "first blocks run.",
     )
-    latency_estimator_path: str | None = field(
+    latency_estimator_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder, Hub name or shipped name of a latency estimator, or a best_latency_estimator.pt of the original "
-            "scripts; `fit` measures the executor on this machine and fits one first (about a minute). By default the one "
-            "that ships with the package for this executor and this device; that of the embedded executor, measured on one "
-            "thread of a CPU, is taken on any device."
-        },
+        help="Folder, Hub name or shipped name of a latency estimator, or a best_latency_estimator.pt of the original "
+        "scripts; `fit` measures the executor on this machine and fits one first (about a minute). By default the "
+        "one that ships with the package for this executor and this device; that of the embedded executor, measured "
+        "on one thread of a CPU, is taken on any device.",
     )
-    knob_values: dict | str | list[str] | None = field(
+    knob_values: dict | str | list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Values of knobs, cheapest first: `--knob_values tier=low,high depth=4,8`, in a recipe also "
-            "`{tier: [low, high], depth: [4, 8]}`. By default those that the executor's checkpoint gives.",
-            "nargs": "+",
-            "metavar": "KNOB=VALUE,VALUE",
-        },
+        help="Values of knobs, cheapest first: `--knob_values tier=low,high depth=4,8`, in a recipe also `{tier: [low, "
+        "high], depth: [4, 8]}`. By default those that the executor's checkpoint gives.",
+        metadata={"nargs": "+", "metavar": "KNOB=VALUE,VALUE"},
     )
-    max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer, its end included."})
-    executor_batch_size: int | None = field(
+    max_new_tokens: int = HfArg(default=16, help="Most tokens of an answer, its end included.")
+    executor_batch_size: int | None = HfArg(
+        default=None, help="Most requests that go through the executor together. Default: 64 on a GPU, 16 on a CPU."
+    )
+    executor_workers: int = HfArg(
+        default=1, help="Batches that the executor answers at the same time, each by a thread of its own (CPU)."
+    )
+    num_threads: int | None = HfArg(
         default=None,
-        metadata={"help": "Most requests that go through the executor together. Default: 64 on a GPU, 16 on a CPU."},
-    )
-    executor_workers: int = field(
-        default=1,
-        metadata={"help": "Batches that the executor answers at the same time, each by a thread of its own (CPU)."},
-    )
-    num_threads: int | None = field(
-        default=None,
-        metadata={
-            "help": "Threads that share one operation on the CPU. 1 is best for the embedded executor, whose operations "
-            "are small. Default: torch's."
-        },
+        help="Threads that share one operation on the CPU. 1 is best for the embedded executor, whose operations are "
+        "small. Default: torch's.",
     )
 
 
 def set_num_threads(args: ExecutorArguments) -> None:
-    """
-    Lets torch use as many threads as are asked for.
-
-    Raises:
-        ValueError: If these are fewer than one.
-    """
+    """Lets torch use as many threads as are asked for, one at least."""
     import torch
 
     if args.num_threads is not None:
@@ -88,19 +71,8 @@ def load_executor_from(
     args: ExecutorArguments, device: str | None = None, knob_space: "KnobSpace | None" = None
 ) -> "Executor":
     """
-    Loads the executor with the knob values that are asked for.
-
-    Args:
-        args ([`ExecutorArguments`]):
-            Names it.
-        device (`str`, *optional*):
-            Where to put it. Defaults to the best device that there is.
-        knob_space ([`KnobSpace`], *optional*):
-            All knobs, e.g. those of a controller. The arguments must then ask for no values.
-
-    Raises:
-        FileNotFoundError: If the model cannot be found.
-        ValueError: If the checkpoint is incomplete or lacks a knob value.
+    Loads the executor with the knob values that are asked for, or with a `knob_space`, e.g. that of a controller; the
+    arguments must then ask for no values. Without a device, it goes to the best one that there is.
     """
     from ..executor import load_executor
     from ..knobs import parse_knob_values
@@ -131,17 +103,7 @@ def load_executor_from(
 def load_latency_estimator(args: ExecutorArguments, executor: "Executor") -> "LatencyEstimator":
     """
     Loads the latency estimator that `latency_estimator_path` names (any value but `fit`), by default the one that ships
-    for the executor.
-
-    Args:
-        args ([`ExecutorArguments`]):
-            Names it.
-        executor ([`Executor`]):
-            The executor that it is to be an estimator of.
-
-    Raises:
-        FileNotFoundError: If it cannot be found.
-        ValueError: If there is none, or it is of another executor.
+    for the executor, and checks that it is of this executor.
     """
     from ..executor import EMBEDDED
     from ..latency import embedded_latency_estimator_path, read_latency_estimator, shipped_latency_estimators

@@ -9,9 +9,11 @@ joint-controller fit-latency --profile outputs/profile --output_dir outputs/late
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 from . import ScriptParser, run_script
 
@@ -26,37 +28,30 @@ class FitLatencyArguments:
     Arguments of `joint-controller fit-latency`.
     """
 
-    profile: str = field(
-        metadata={"help": "Profile to fit to: the folder that `joint-controller profile` wrote, or its Parquet file."}
+    profile: str = HfArg(
+        help="Profile to fit to: the folder that `joint-controller profile` wrote, or its Parquet file."
     )
-    output_dir: str = field(
-        metadata={
-            "help": "Folder for the estimator, its card (README.md) and its error (fit_report.json, predicted.png, "
-            "error_by_knob.png; recalibration.png)."
-        }
+    output_dir: str = HfArg(
+        help="Folder for the estimator, its card (README.md) and its error (fit_report.json, predicted.png, "
+        "error_by_knob.png; recalibration.png)."
     )
-    base_estimator: str | None = field(
+    base_estimator: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Estimator of the same executor on other hardware: a folder, a Hub name, or the name of one that ships. It "
-            "is adapted to the profile, for which a few measurements are enough, in place of fitting a new one."
-        },
+        help="Estimator of the same executor on other hardware: a folder, a Hub name, or the name of one that ships. It "
+        "is adapted to the profile, for which a few measurements are enough, in place of fitting a new one.",
     )
-    recalibration_sizes: list[int] = field(
+    recalibration_sizes: list[int] = HfArg(
         default_factory=lambda: [10, 25, 50],
-        metadata={
-            "help": "Numbers of measurements for which the error of adapting `base_estimator` is reported, next to the error "
-            "of using it as it is."
-        },
+        help="Numbers of measurements for which the error of adapting `base_estimator` is reported, next to the error of "
+        "using it as it is.",
     )
-    num_folds: int = field(
-        default=4,
-        metadata={"help": "Parts that settings and inputs are divided in to measure the error on unseen ones."},
+    num_folds: int = HfArg(
+        default=4, help="Parts that settings and inputs are divided in to measure the error on unseen ones."
     )
-    num_units: int = field(
-        default=16, metadata={"help": "Units of the learned factor of each stage. A `base_estimator` keeps its own."}
+    num_units: int = HfArg(
+        default=16, help="Units of the learned factor of each stage. A `base_estimator` keeps its own."
     )
-    seed: int = field(default=42, metadata={"help": "Seed of that division."})
+    seed: int = HfArg(default=42, help="Seed of that division.")
 
 
 def main(args: FitLatencyArguments):

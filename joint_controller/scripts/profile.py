@@ -7,9 +7,11 @@ joint-controller profile --output_dir outputs/profile --report true
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 from . import ScriptParser, run_script
 from .data_arguments import DatasetArguments, load_split, open_skipped_rows
@@ -31,116 +33,80 @@ class ProfileArguments(DatasetArguments):
     Arguments of `joint-controller profile`, besides those of [`DatasetArguments`].
     """
 
-    output_dir: str = field(
-        metadata={
-            "help": "Folder for the table of measurements (profile.parquet). A profile that was interrupted goes on here; "
-            "one that is whole is not made again."
-        }
+    output_dir: str = HfArg(
+        help="Folder for the table of measurements (profile.parquet). A profile that was interrupted goes on here; one "
+        "that is whole is not made again."
     )
-    model_path: str = field(
+    model_path: str = HfArg(
         default="embedded",
-        metadata={
-            "help": "Executor to measure: a folder or Hub name of a checkpoint, `embedded` for the one that ships, or "
-            "`random:` and the name of sizes for random weights, made on the device: they cost the same."
-        },
+        help="Executor to measure: a folder or Hub name of a checkpoint, `embedded` for the one that ships, or `random:` "
+        "and the name of sizes for random weights, made on the device: they cost the same.",
     )
-    device: str | None = field(
+    device: str | None = HfArg(
+        default=None, help="Device to measure, e.g. `cpu` where there is a GPU, too. Default: the best one here."
+    )
+    executor_mode: str | None = HfArg(
+        default=None, help="How the executor computes, of the ways that it has. Default: the fastest one here."
+    )
+    importance_path: str | None = HfArg(
+        default=None, help="JSON of block importance scores. By default importance.json in the model folder."
+    )
+    knob_values: dict | str | list[str] | None = HfArg(
         default=None,
-        metadata={"help": "Device to measure, e.g. `cpu` where there is a GPU, too. Default: the best one here."},
+        help="Values of knobs, cheapest first: `--knob_values tier=low,high depth=4,8`, in a recipe also `{tier: [low, "
+        "high], depth: [4, 8]}`. By default those that the executor's checkpoint gives.",
+        metadata={"nargs": "+", "metavar": "KNOB=VALUE,VALUE"},
     )
-    executor_mode: str | None = field(
+    num_settings: int | None = HfArg(
         default=None,
-        metadata={"help": "How the executor computes, of the ways that it has. Default: the fastest one here."},
+        help="Settings to measure: a random sample with the cheapest and the most expensive. Default: all.",
     )
-    importance_path: str | None = field(
+    dataset_names: list[str] | None = HfArg(
         default=None,
-        metadata={"help": "JSON of block importance scores. By default importance.json in the model folder."},
+        help="Data sets that inputs are drawn from, as for training. Default: inputs that are made for the purpose, "
+        "images of many shapes and questions of many lengths.",
     )
-    knob_values: dict | str | list[str] | None = field(
+    dataset_split: str = HfArg(default="train", help="Split that inputs are drawn from: train, validation or test.")
+    num_inputs: int = HfArg(default=12, help="Inputs that settings are measured with.")
+    num_measurements: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Values of knobs, cheapest first: `--knob_values tier=low,high depth=4,8`, in a recipe also "
-            "`{tier: [low, high], depth: [4, 8]}`. By default those that the executor's checkpoint gives.",
-            "nargs": "+",
-            "metavar": "KNOB=VALUE,VALUE",
-        },
+        help="Most measurements: a spread-out subset of settings x inputs. Default: each setting with each.",
     )
-    num_settings: int | None = field(
-        default=None,
-        metadata={
-            "help": "Settings to measure: a random sample with the cheapest and the most expensive. Default: all."
-        },
-    )
-    dataset_names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Data sets that inputs are drawn from, as for training. Default: inputs that are made for the purpose, "
-            "images of many shapes and questions of many lengths."
-        },
-    )
-    dataset_split: str = field(
-        default="train", metadata={"help": "Split that inputs are drawn from: train, validation or test."}
-    )
-    num_inputs: int = field(default=12, metadata={"help": "Inputs that settings are measured with."})
-    num_measurements: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most measurements: a spread-out subset of settings x inputs. Default: each setting with each."
-        },
-    )
-    repeats: int = field(default=5, metadata={"help": "Times that a measurement is repeated; medians are kept."})
-    decode_steps: int = field(
-        default=4, metadata={"help": "Decode steps that are timed a request, whatever the answer's length."}
-    )
-    free_decoding: bool = field(
+    repeats: int = HfArg(default=5, help="Times that a measurement is repeated; medians are kept.")
+    decode_steps: int = HfArg(default=4, help="Decode steps that are timed a request, whatever the answer's length.")
+    free_decoding: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Time the steps until the answer ends, `max_new_tokens` at most, in place of `decode_steps`."
-        },
+        help="Time the steps until the answer ends, `max_new_tokens` at most, in place of `decode_steps`.",
     )
-    max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer with `free_decoding`."})
-    time_limit_s: float | None = field(
+    max_new_tokens: int = HfArg(default=16, help="Most tokens of an answer with `free_decoding`.")
+    time_limit_s: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Seconds that measuring may take: if it would take longer, a spread-out subset is measured. Counts for "
-            "each profile and each run of an interrupted one."
-        },
+        help="Seconds that measuring may take: if it would take longer, a spread-out subset is measured. Counts for each "
+        "profile and each run of an interrupted one.",
     )
-    check_repeatability: bool = field(
+    check_repeatability: bool = HfArg(
         default=False,
-        metadata={
-            "help": f"Measure everything once more, into the folder `{REPEAT_FOLDER}`, and report the share of settings whose "
-            "medians agree within 3 percent."
-        },
+        help=f"Measure everything once more, into the folder `{REPEAT_FOLDER}`, and report the share of settings whose "
+        "medians agree within 3 percent.",
     )
-    compare_with: str | None = field(
-        default=None,
-        metadata={
-            "help": "Another profile of the same to report the repeatability against, in place of measuring it."
-        },
+    compare_with: str | None = HfArg(
+        default=None, help="Another profile of the same to report the repeatability against, in place of measuring it."
     )
-    report: bool = field(
+    report: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Draw pictures of the profile (shares of the stages, prefill against tokens, decode against position, "
-            "latency of each knob, FLOPs against latency) and write its card (README.md) and numbers "
-            "(profile_report.json); also of a profile that is there already."
-        },
+        help="Draw pictures of the profile (shares of the stages, prefill against tokens, decode against position, "
+        "latency of each knob, FLOPs against latency) and write its card (README.md) and numbers "
+        "(profile_report.json); also of a profile that is there already.",
     )
-    push_to_hub: str | None = field(
+    push_to_hub: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Name (org/name) of a data set on the Hub to send the profile to, with its report. Needs a login."
-        },
+        help="Name (org/name) of a data set on the Hub to send the profile to, with its report. Needs a login.",
     )
-    num_threads: int | None = field(
+    num_threads: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Threads that share one operation on the CPU: those that requests will be served with. Default: "
-            "torch's."
-        },
+        help="Threads that share one operation on the CPU: those that requests will be served with. Default: torch's.",
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the inputs drawn and of the order of measurements."})
+    seed: int = HfArg(default=42, help="Seed of the inputs drawn and of the order of measurements.")
 
 
 def main(args: ProfileArguments):

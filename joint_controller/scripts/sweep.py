@@ -8,8 +8,10 @@ joint-controller sweep --controller_path outputs/easy_vqa --output_dir outputs/s
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from . import ScriptParser, run_script
 from .data_arguments import DatasetArguments, load_split, open_skipped_rows
@@ -26,46 +28,39 @@ class SweepArguments(ExecutorArguments, DatasetArguments):
     Arguments of `joint-controller sweep`. Knobs are the controller's.
     """
 
-    controller_path: str = field(default="", metadata={"help": "Folder or Hub name of the controller. Required."})
-    output_dir: str = field(default="", metadata={"help": "New folder for the table (sweep.parquet). Required."})
-    dataset_split: str = field(default="test", metadata={"help": "Split that is evaluated."})
-    max_samples: int | None = field(default=None, metadata={"help": "Samples in all. Default: all."})
-    max_static_samples: int = field(
-        default=256, metadata={"help": "Training samples on which the best static setting of each budget is chosen."}
+    controller_path: str = HfArg(default="", help="Folder or Hub name of the controller. Required.")
+    output_dir: str = HfArg(default="", help="New folder for the table (sweep.parquet). Required.")
+    dataset_split: str = HfArg(default="test", help="Split that is evaluated.")
+    max_samples: int | None = HfArg(default=None, help="Samples in all. Default: all.")
+    max_static_samples: int = HfArg(
+        default=256, help="Training samples on which the best static setting of each budget is chosen."
     )
-    outcomes_dir: str | None = field(
+    outcomes_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder of executor outcomes, e.g. that of the training; what it holds is not run again. Default: "
-            "`outcomes` in the output folder."
-        },
+        help="Folder of executor outcomes, e.g. that of the training; what it holds is not run again. Default: `outcomes` "
+        "in the output folder.",
     )
-    reward_funcs: list[str] | None = field(
+    reward_funcs: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Reward functions, as in `joint-controller train`. Default: those that the controller was trained for."
-        },
+        help="Reward functions, as in `joint-controller train`. Default: those that the controller was trained for.",
     )
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Weight of each reward function. Default: those that the controller was trained for."},
+    reward_weights: list[float] | None = HfArg(
+        default=None, help="Weight of each reward function. Default: those that the controller was trained for."
     )
-    budgets_ms: list[float] | None = field(
-        default=None, metadata={"help": "Budgets, in ms. Default: fractions of the full setting's latency."}
+    budgets_ms: list[float] | None = HfArg(
+        default=None, help="Budgets, in ms. Default: fractions of the full setting's latency."
     )
-    budget_fractions: list[float] = field(
+    budget_fractions: list[float] = HfArg(
         default_factory=lambda: [0.35, 0.5, 0.7, 0.85, 1.0],
-        metadata={"help": "Budgets as fractions of the full setting's latency, where none are given in ms."},
+        help="Budgets as fractions of the full setting's latency, where none are given in ms.",
     )
-    guardrail_quantile: float | None = field(
+    guardrail_quantile: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Evaluate the controller with the guardrail, too (policy `guarded`): it then chooses among the settings "
-            "whose latency is predicted to stay below the budget on this share of requests (0.9, 0.95 or 0.99), with an "
-            "answer of `max_new_tokens`."
-        },
+        help="Evaluate the controller with the guardrail, too (policy `guarded`): it then chooses among the settings "
+        "whose latency is predicted to stay below the budget on this share of requests (0.9, 0.95 or 0.99), with an "
+        "answer of `max_new_tokens`.",
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the samples and of the random settings."})
+    seed: int = HfArg(default=42, help="Seed of the samples and of the random settings.")
 
     def __post_init__(self):
         for name in ("budgets_ms", "budget_fractions"):

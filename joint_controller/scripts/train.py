@@ -19,9 +19,11 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 from ..original_scripts.arguments import OriginalArguments, TrainParser
 from ..trainer import JointGRPOConfig
@@ -59,61 +61,45 @@ class TrainArguments(ExecutorArguments, DataArguments):
     Arguments of `joint-controller train`, besides those of [`JointGRPOConfig`].
     """
 
-    model_path: str | None = field(
+    model_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Executor: a folder or Hub name of a model, or `embedded` for the one that ships. Default: embedded; with "
-            "results_dir, none."
-        },
+        help="Executor: a folder or Hub name of a model, or `embedded` for the one that ships. Default: embedded; with "
+        "results_dir, none.",
     )
-    max_static_samples: int = field(
+    max_static_samples: int = HfArg(
         default=256,
-        metadata={
-            "help": "Training samples on which every static setting is tried, to find the best one of each budget."
-        },
+        help="Training samples on which every static setting is tried, to find the best one of each budget.",
     )
-    stage1_inputs: str | None = field(
+    stage1_inputs: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "What stage 1 decides its knobs from. Default: question_and_budget; without a model_path, budget.",
-            "choices": ["question_and_budget", "budget"],
-        },
+        help="What stage 1 decides its knobs from. Default: question_and_budget; without a model_path, budget.",
+        metadata={"choices": ["question_and_budget", "budget"]},
     )
-    stage2_inputs: str | None = field(
+    stage2_inputs: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "What stage 2 decides its knobs from, besides the choice of stage 1. Default: image_question_and_budget; "
-            "for recorded results, what there is of it.",
-            "choices": ["image_question_and_budget", "question_and_budget", "budget"],
-        },
+        help="What stage 2 decides its knobs from, besides the choice of stage 1. Default: image_question_and_budget; for "
+        "recorded results, what there is of it.",
+        metadata={"choices": ["image_question_and_budget", "question_and_budget", "budget"]},
     )
-    precompute_outcomes: bool = field(
+    precompute_outcomes: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Answer every training sample at every setting before training. The executor then gets large batches "
-            "of one setting, which is faster where training would come across most of these outcomes anyway: few "
-            "samples, many epochs, cheap answers."
-        },
+        help="Answer every training sample at every setting before training. The executor then gets large batches of one "
+        "setting, which is faster where training would come across most of these outcomes anyway: few samples, many "
+        "epochs, cheap answers.",
     )
-    outcomes_dir: str | None = field(
+    outcomes_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder of executor outcomes; what it holds is not run again. Default: `outcomes` in the output folder."
-        },
+        help="Folder of executor outcomes; what it holds is not run again. Default: `outcomes` in the output folder.",
     )
-    reward_funcs: list[str] | None = field(
+    reward_funcs: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Reward functions: names of this package's, or dotted paths of TRL reward functions "
-            "(my_package.rewards.short_answer). `reward_weights` has a weight for each. Default: all of this package's."
-        },
+        help="Reward functions: names of this package's, or dotted paths of TRL reward functions "
+        "(my_package.rewards.short_answer). `reward_weights` has a weight for each. Default: all of this package's.",
     )
-    sweep_budget_fractions: list[float] | None = field(
+    sweep_budget_fractions: list[float] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Budgets of the table at the end, as fractions of the full setting's latency. Default: 0.35 0.5 0.7 0.85 "
-            "1.0; for recorded results, five from the lowest to the highest training budget."
-        },
+        help="Budgets of the table at the end, as fractions of the full setting's latency. Default: 0.35 0.5 0.7 0.85 "
+        "1.0; for recorded results, five from the lowest to the highest training budget.",
     )
 
     def __post_init__(self):

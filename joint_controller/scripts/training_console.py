@@ -66,7 +66,7 @@ class TrainingConsole(TrainerCallback):
         longest = max(len(_values(setting)) for setting in trainer.knob_space)
         self._widths = [max(len(heading), 9) for heading in self._columns[:-3]]
         self._widths += [max(len(heading), longest) for heading in self._columns[-3:]]
-        self._note = f"The likeliest {knobs} are those of each third of the budgets."
+        self._note = f"Last columns: the likeliest {knobs} in each third of the requests, by their budgets."
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasets import Dataset, IterableDataset
+
+from ..data import SkippedRows, take_rows
+from ..evaluation.scoring import score_answer
+from ..executor import Executor
+from ..latency import LatencyEstimator, LatencyEstimatorModel, fit_latency_estimator
+from ..latency.profiling import profile_executor
+from ..outcomes import OutcomeCollector, OutcomeSource, OutcomeStore
+from ..trainer import JointGRPOConfig
 from .data_arguments import load_data_splits, open_skipped_rows
 from .executor_arguments import FIT, load_executor_from, load_latency_estimator
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-    from ..data import SkippedRows
-    from ..executor import Executor
-    from ..latency import LatencyEstimator, LatencyEstimatorModel
-    from ..outcomes import OutcomeSource
-    from ..trainer import JointGRPOConfig
     from .train import TrainArguments
 
 
@@ -32,65 +34,31 @@ LARGE_ERROR = 0.2
 
 @dataclass
 class TrainingSetup:
-    """
-    What a controller is trained on.
+    """What a controller is trained on."""
 
-    Args:
-        outcomes ([`OutcomeSource`]):
-            Gives outcomes, and the features that the controller sees.
-        latency_estimator ([`LatencyEstimator`]):
-            Gives latencies.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Training samples.
-        eval_dataset ([`~datasets.Dataset`]):
-            Validation samples.
-        test_dataset ([`~datasets.Dataset`]):
-            Test samples.
-        stage1_inputs, stage2_inputs (`str`):
-            What the stages see, as in [`JointControllerConfig`].
-        source (`str`):
-            What the outcomes come from, in words.
-        dataset_names (`list[str]`):
-            Data sets that the samples are of.
-        latencies (`str`, *optional*, defaults to `"estimates"`):
-            What the latencies are, in words.
-        outcomes_are_known (`bool`, *optional*, defaults to `False`):
-            Whether every outcome can be looked up, so that looking at all of them costs nothing.
-        skipped_rows ([`SkippedRows`], *optional*):
-            Bad rows that were left out.
-    """
-
-    outcomes: "OutcomeSource"
-    latency_estimator: "LatencyEstimator"
-    train_dataset: "Dataset | IterableDataset"
-    eval_dataset: "Dataset"
-    test_dataset: "Dataset"
-    stage1_inputs: str
+    outcomes: OutcomeSource
+    latency_estimator: LatencyEstimator
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Dataset
+    test_dataset: Dataset
+    stage1_inputs: str  # as in `JointControllerConfig`
     stage2_inputs: str
-    source: str
+    source: str  # what the outcomes come from, in words
     dataset_names: list[str]
-    latencies: str = "estimates"
-    outcomes_are_known: bool = False
-    skipped_rows: "SkippedRows | None" = None
+    latencies: str = "estimates"  # what they are, in words
+    outcomes_are_known: bool = (
+        False  # whether every one can be looked up, so that looking at all of them costs nothing
+    )
+    skipped_rows: SkippedRows | None = None
 
 
 def set_up_from_executor(
-    args: "TrainArguments", training_args: "JointGRPOConfig", open_output_dir: Callable[[], None]
+    args: "TrainArguments", training_args: JointGRPOConfig, open_output_dir: Callable[[], None]
 ) -> TrainingSetup:
     """
-    Loads executor and data sets, and measures the executor where that is asked for.
-
-    Args:
-        args ([`TrainArguments`]):
-            Names executor, data sets and latency estimator.
-        training_args ([`JointGRPOConfig`]):
-            Gives seed and output folder.
-        open_output_dir (`Callable[[], None]`):
-            Makes the output folder and its log. Called when what can be refused has been.
+    Loads executor and data sets, and measures the executor where that is asked for. `open_output_dir`, which makes the
+    output folder and its log, is called when what can be refused has been.
     """
-    from ..evaluation.scoring import score_answer
-    from ..outcomes import OutcomeCollector, OutcomeStore
-
     output_dir = Path(training_args.output_dir)
     executor = load_executor_from(args, device="cpu" if training_args.use_cpu else None)
     skipped_rows = open_skipped_rows(args, output_dir)
@@ -129,13 +97,9 @@ def set_up_from_executor(
 
 
 def _measure_executor(
-    executor: "Executor", train_dataset: "Dataset | IterableDataset", folder: Path
-) -> "LatencyEstimatorModel":
+    executor: Executor, train_dataset: Dataset | IterableDataset, folder: Path
+) -> LatencyEstimatorModel:
     """Measures this machine and fits an estimator; a resumed run keeps the latencies that it began with."""
-    from ..data import take_rows
-    from ..latency import LatencyEstimatorModel, fit_latency_estimator
-    from ..latency.profiling import profile_executor
-
     if not (folder / "config.json").exists():
         logger.info("Measuring the executor on this machine to fit a latency estimator.")
         inputs = take_rows(train_dataset, NUM_PROFILED_INPUTS)

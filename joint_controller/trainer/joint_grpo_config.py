@@ -1,9 +1,10 @@
 """Arguments of the controller's trainer."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import GRPOConfig
 
@@ -89,113 +90,89 @@ class JointGRPOConfig(GRPOConfig):
     """
 
     # Parameters whose default values are overridden from GRPOConfig
-    learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate for AdamW."})
-    scale_rewards: str = field(
+    learning_rate: float = HfArg(default=2e-3, help="The initial learning rate for AdamW.")
+    scale_rewards: str = HfArg(
         default="batch",
-        metadata={
-            "help": "What advantages are divided by: the standard deviation of rewards in the 'batch' or in the 'group', or "
-            "'none'. By the group's own, a group whose settings are worth nearly the same counts as much as one where the "
-            "setting decides, and the controller stops exploring early."
-        },
+        help="What advantages are divided by: the standard deviation of rewards in the 'batch' or in the 'group', or "
+        "'none'. By the group's own, a group whose settings are worth nearly the same counts as much as one where "
+        "the setting decides, and the controller stops exploring early.",
     )
-    entropy_coef: float = field(
+    entropy_coef: float = HfArg(
         default=0.1,
-        metadata={
-            "help": "Coefficient of the entropy bonus. Without it, the first steps, in which most settings violate the "
-            "budget, drive the controller to the cheapest setting for good."
-        },
+        help="Coefficient of the entropy bonus. Without it, the first steps, in which most settings violate the budget, "
+        "drive the controller to the cheapest setting for good.",
     )
-    max_completion_length: int | None = field(
+    max_completion_length: int | None = HfArg(
+        default=None, help="Decisions of the controller: the number of knobs, which the trainer fills in."
+    )
+    num_generations_eval: int | None = HfArg(
+        default=1, help="Settings per sample in evaluation. All are the same: the likeliest one."
+    )
+    reward_weights: list[float] | None = HfArg(
         default=None,
-        metadata={"help": "Decisions of the controller: the number of knobs, which the trainer fills in."},
+        help="Weight of each reward function. Default: "
+        + ", ".join(f"{function.__name__} {weight:g}" for function, weight in DEFAULT_REWARDS.items())
+        + "; 1 for others.",
     )
-    num_generations_eval: int | None = field(
-        default=1,
-        metadata={"help": "Settings per sample in evaluation. All are the same: the likeliest one."},
+    bf16: bool | None = HfArg(default=False, help="Whether to compute the controller's forward in bfloat16.")
+    gradient_checkpointing: bool | None = HfArg(
+        default=None, help="Must stay unset: the controller is small and has no checkpointed layers."
     )
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of each reward function. Default: "
-            + ", ".join(f"{function.__name__} {weight:g}" for function, weight in DEFAULT_REWARDS.items())
-            + "; 1 for others."
-        },
+    dataloader_pin_memory: bool = HfArg(
+        default=False, help="Whether to pin memory in data loaders. Rows hold no tensors, so it does nothing."
     )
-    bf16: bool | None = field(
-        default=False, metadata={"help": "Whether to compute the controller's forward in bfloat16."}
+    eval_strategy: IntervalStrategy | str = HfArg(default="steps", help="When to evaluate: 'no', 'steps' or 'epoch'.")
+    eval_steps: float | None = HfArg(default=100, help="Optimiser steps between two evaluations.")
+    save_strategy: SaveStrategy | str = HfArg(
+        default="steps", help="When to save checkpoints: 'no', 'steps', 'epoch' or 'best'."
     )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Must stay unset: the controller is small and has no checkpointed layers."}
-    )
-    dataloader_pin_memory: bool = field(
-        default=False,
-        metadata={"help": "Whether to pin memory in data loaders. Rows hold no tensors, so it does nothing."},
-    )
-    eval_strategy: IntervalStrategy | str = field(
-        default="steps", metadata={"help": "When to evaluate: 'no', 'steps' or 'epoch'."}
-    )
-    eval_steps: float | None = field(default=100, metadata={"help": "Optimiser steps between two evaluations."})
-    save_strategy: SaveStrategy | str = field(
-        default="steps", metadata={"help": "When to save checkpoints: 'no', 'steps', 'epoch' or 'best'."}
-    )
-    save_steps: float = field(
+    save_steps: float = HfArg(
         default=100,
-        metadata={
-            "help": "Optimiser steps between two checkpoints. They must fall on the beginning of a rollout: a multiple of "
-            "steps_per_generation x num_iterations / gradient_accumulation_steps."
-        },
+        help="Optimiser steps between two checkpoints. They must fall on the beginning of a rollout: a multiple of "
+        "steps_per_generation x num_iterations / gradient_accumulation_steps.",
     )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Whether to end with the best controller seen rather than the last one."}
+    load_best_model_at_end: bool = HfArg(
+        default=True, help="Whether to end with the best controller seen rather than the last one."
     )
-    metric_for_best_model: str | None = field(
-        default="eval_reward", metadata={"help": "Metric that the best controller has the best value of."}
+    metric_for_best_model: str | None = HfArg(
+        default="eval_reward", help="Metric that the best controller has the best value of."
     )
-    greater_is_better: bool | None = field(
-        default=True, metadata={"help": "Whether a higher value of metric_for_best_model is better."}
+    greater_is_better: bool | None = HfArg(
+        default=True, help="Whether a higher value of metric_for_best_model is better."
     )
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Integrations to report to: 'none', 'all' or names such as 'wandb'."}
+    report_to: None | str | list[str] = HfArg(
+        default="none", help="Integrations to report to: 'none', 'all' or names such as 'wandb'."
     )
 
     # Parameters that control the latency budgets
-    latency_budget_min_ms: float | None = field(
-        default=None,
-        metadata={"help": "Lowest training budget, in ms. Give both ends in ms, or both as fractions."},
+    latency_budget_min_ms: float | None = HfArg(
+        default=None, help="Lowest training budget, in ms. Give both ends in ms, or both as fractions."
     )
-    latency_budget_max_ms: float | None = field(default=None, metadata={"help": "Highest training budget, in ms."})
-    latency_budget_min_fraction: float | None = field(
+    latency_budget_max_ms: float | None = HfArg(default=None, help="Highest training budget, in ms.")
+    latency_budget_min_fraction: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Lowest training budget, as a fraction of the full setting's estimated latency. 0.35 where no budgets "
-            "in ms are given."
-        },
+        help="Lowest training budget, as a fraction of the full setting's estimated latency. 0.35 where no budgets in ms "
+        "are given.",
     )
-    latency_budget_max_fraction: float | None = field(
+    latency_budget_max_fraction: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Highest training budget, as a fraction of the full setting's estimated latency. 1.0 where no budgets "
-            "in ms are given."
-        },
+        help="Highest training budget, as a fraction of the full setting's estimated latency. 1.0 where no budgets in ms "
+        "are given.",
     )
 
     # Parameters that control checkpoints
-    save_every_n_epochs: int | None = field(
+    save_every_n_epochs: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Epochs between two checkpoints; evaluates after every epoch and saves the best controller, too. Sets "
-            "eval_strategy and save_strategy to 'epoch'."
-        },
+        help="Epochs between two checkpoints; evaluates after every epoch and saves the best controller, too. Sets "
+        "eval_strategy and save_strategy to 'epoch'.",
     )
 
     # Parameters that control stage 1
-    stage1_lr_ratio: float = field(
-        default=1.0,
-        metadata={"help": "Learning rate of stage 1 as a multiple of learning_rate. 0 freezes stage 1."},
+    stage1_lr_ratio: float = HfArg(
+        default=1.0, help="Learning rate of stage 1 as a multiple of learning_rate. 0 freezes stage 1."
     )
-    stage1_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Folder (or Hub repository) of a controller whose stage 1 training starts from."},
+    stage1_checkpoint: str | None = HfArg(
+        default=None, help="Folder (or Hub repository) of a controller whose stage 1 training starts from."
     )
 
     def __post_init__(self):

@@ -15,8 +15,8 @@ from joint_controller.latency import (
     read_latency_estimator,
     shipped_latency_estimators,
 )
+from joint_controller.latency.loading import SHIPPED_ESTIMATORS
 from joint_controller.latency.profile_table import profile_settings
-from joint_controller.latency.shipped_estimators import SHIPPED_ESTIMATORS
 from joint_controller.molmo import MolmoConfig
 from joint_controller.molmo.shape import molmo_shape
 

@@ -13,20 +13,8 @@ _THRESHOLD = 0.5
 
 def anls_score(prediction: str, references: Sequence[str]) -> float:
     """
-    The score of one answer: over the references the largest 1 - NL where the normalised Levenshtein distance NL is below
-    0.5, and 0 where none is.
-
-    Args:
-        prediction (`str`):
-            The answer.
-        references (`Sequence[str]`):
-            The right answers.
-
-    Returns:
-        `float`: 0, or above 0.5 and up to 1.
-
-    Raises:
-        ValueError: If there is no reference, or `references` is one string.
+    As [`AnswerMetric.score`]: over the references the largest 1 - NL where the normalised Levenshtein distance NL is
+    below 0.5, and 0 where none is.
     """
     check_references(f"the answer {prediction!r}", references)
     first, *others = [" ".join(text.lower().split()) for text in (prediction, *references)]

@@ -18,10 +18,6 @@ def tokenize_caption(caption: str) -> list[str]:
     """
     The tokens that n-grams of a caption are made of.
 
-    Args:
-        caption (`str`):
-            A caption.
-
     Example:
 
     ```python
@@ -34,17 +30,12 @@ def tokenize_caption(caption: str) -> list[str]:
 
 class CaptionCorpus:
     """
-    In how many images of a corpus each n-gram occurs.
+    In how many images of a corpus each n-gram occurs (`document_frequency`), and how many images that has
+    (`num_images`).
 
     Args:
         references (`Sequence[Sequence[str]]`):
             Reference captions of each image.
-
-    Attributes:
-        num_images (`int`):
-            Images of the corpus.
-        document_frequency (`Counter[tuple[str, ...]]`):
-            For each n-gram the images that have it in a reference caption.
 
     Raises:
         ValueError: If there are fewer than two images, or one has no reference captions.
@@ -68,24 +59,16 @@ class CaptionCorpus:
 
 def cider_score(prediction: str, references: Sequence[str], corpus: CaptionCorpus | None = None) -> float:
     """
-    The score of one caption.
+    As [`AnswerMetric.score`], of one caption; from 0 to 10.
 
     Args:
-        prediction (`str`):
-            The caption.
-        references (`Sequence[str]`):
-            Reference captions of its image.
         corpus ([`CaptionCorpus`], *optional*):
             Where the n-grams' weights come from. Without one, all n-grams weigh the same, as if each occurred in no
             other image: the score then depends on nothing but prediction and references, so that it may be kept and
             compared between runs; but "a" counts as much as "surfboard", and scores lie higher than those that are
             reported for a corpus.
 
-    Returns:
-        `float`: From 0 to 10.
-
     Raises:
-        ValueError: If there is no reference, or `references` is one string.
         ModuleNotFoundError: If `pycocoevalcap` is not installed.
     """
     check_references(f"the answer {prediction!r}", references)

@@ -23,14 +23,8 @@ _WHOLE = re.compile(r"\d+|\d{1,3}(?:,\d{3})+")
 
 def parse_count(answer: str) -> int | None:
     """
-    The number that an answer gives.
-
-    Args:
-        answer (`str`):
-            An answer, e.g. `"There are twenty-one."`.
-
-    Returns:
-        `int`, or `None` where the answer gives no whole number, or two that differ.
+    The number that an answer gives, e.g. 21 of `"There are twenty-one."`; `None` where it gives no whole number, or
+    two that differ.
     """
     counts: set[int | None] = set()
     words: list[str] = []
@@ -75,16 +69,8 @@ def _read_words(words: list[str]) -> list[int]:
 
 def count_score(prediction: str, references: Sequence[str]) -> float:
     """
-    The score of one answer: 1.0 if its number is that of a reference, otherwise 0.0.
-
-    Args:
-        prediction (`str`):
-            The answer.
-        references (`Sequence[str]`):
-            The right counts.
-
-    Raises:
-        ValueError: If there is no reference, `references` is one string, or no reference is a count.
+    As [`AnswerMetric.score`]: 1.0 if the answer's number is that of a reference, otherwise 0.0. References none of
+    which is a count are refused (`ValueError`), too.
     """
     check_references(f"the answer {prediction!r}", references)
     counts = {parse_count(reference) for reference in references} - {None}

@@ -15,15 +15,8 @@ _DECIMALS = 2
 
 def normalize_open_answer(answer: str) -> str | float:
     """
-    The normal form in which open answers are compared.
-
-    Args:
-        answer (`str`):
-            An answer.
-
-    Returns:
-        `float` for a number, rounded to two decimals, otherwise `str`: the answer in lower case, single spaces, without
-        punctuation around it and without an article in front.
+    The normal form in which open answers are compared: of a number its value, rounded to two decimals; otherwise the
+    answer in lower case, with single spaces, without punctuation around it and without an article in front.
     """
     text = " ".join(answer.lower().split())
     for candidate in (text, text.strip(_AROUND)):
@@ -42,18 +35,7 @@ def normalize_open_answer(answer: str) -> str | float:
 
 
 def match_score(prediction: str, references: Sequence[str]) -> float:
-    """
-    The score of one answer: 1.0 if its normal form is that of a reference, otherwise 0.0.
-
-    Args:
-        prediction (`str`):
-            The answer.
-        references (`Sequence[str]`):
-            The right answers.
-
-    Raises:
-        ValueError: If there is no reference, or `references` is one string.
-    """
+    """As [`AnswerMetric.score`]: 1.0 if the answer's normal form is that of a reference, otherwise 0.0."""
     check_references(f"the answer {prediction!r}", references)
     prediction_form = normalize_open_answer(prediction)
     return float(any(normalize_open_answer(reference) == prediction_form for reference in references))

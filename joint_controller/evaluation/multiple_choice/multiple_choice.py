@@ -15,15 +15,8 @@ _AROUND = " .,:;!?\"'`()[]{}"
 
 def extract_choice(prediction: str) -> tuple[str | None, str]:
     """
-    The option that an answer names, by the rules of the metric.
-
-    Args:
-        prediction (`str`):
-            An answer.
-
-    Returns:
-        `tuple[str | None, str]`: The letter in upper case, or `None` where the answer names no letter; and the text in
-        its normal form.
+    The option that an answer names, by the rules of the metric: its letter in upper case, or `None` where the answer
+    names no letter; and the text in its normal form.
     """
     answer = _ANNOUNCEMENT.split(prediction)[-1].strip()
     text = _normalize_text(answer)
@@ -41,18 +34,7 @@ def _normalize_text(text: str) -> str:
 
 
 def choice_score(prediction: str, references: Sequence[str]) -> float:
-    """
-    The score of one answer: 1.0 if it names the right option, otherwise 0.0.
-
-    Args:
-        prediction (`str`):
-            The answer.
-        references (`Sequence[str]`):
-            The letter of the right option, its text, or both in this order.
-
-    Raises:
-        ValueError: If there is no reference, or `references` is one string.
-    """
+    """As [`AnswerMetric.score`]: 1.0 if the answer names the right option, otherwise 0.0."""
     check_references(f"the answer {prediction!r}", references)
     letter, text = extract_choice(prediction)
     right_letter = references[0].strip().upper()

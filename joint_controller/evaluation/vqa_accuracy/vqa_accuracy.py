@@ -49,15 +49,8 @@ _MOST_PERIODS = int(re.UNICODE)
 
 def normalize_answer(answer: str) -> str:
     """
-    The normal form in which VQA v2 compares answers.
-
-    Args:
-        answer (`str`):
-            An answer.
-
-    Returns:
-        `str`: The answer in lower case without punctuation and articles, with digits for the number words up to ten and
-        an apostrophe in contractions. May be empty, e.g. for `"the"`.
+    The normal form in which VQA v2 compares answers: lower case without punctuation and articles, with digits for the
+    number words up to ten and an apostrophe in contractions. May be empty, e.g. for `"the"`.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     number_with_comma = _COMMA_IN_NUMBER.search(answer) is not None
@@ -73,20 +66,8 @@ def normalize_answer(answer: str) -> str:
 
 def vqa_score(prediction: str, references: Sequence[str]) -> float:
     """
-    The score of one answer: with several references the mean over all subsets that leave one out of
-    min(number of equal references / 3, 1); with one reference 1.0 where it is equal and 0.0 otherwise.
-
-    Args:
-        prediction (`str`):
-            The answer.
-        references (`Sequence[str]`):
-            The annotators' answers.
-
-    Returns:
-        `float`: From 0 to 1.
-
-    Raises:
-        ValueError: If there is no reference, or `references` is one string.
+    As [`AnswerMetric.score`]: with several references the mean over all subsets that leave one out of min(number of
+    equal references / 3, 1); with one reference 1.0 where it is equal and 0.0 otherwise.
     """
     check_references(f"the answer {prediction!r}", references)
     prediction = normalize_answer(prediction)

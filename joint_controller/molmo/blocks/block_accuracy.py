@@ -37,12 +37,12 @@ SECONDS_BETWEEN_SHARDS = 5.0
 
 class BlockSetAccuracies:
     """
-    Accuracy of each sample with chosen blocks, the other knobs being full. What was measured is kept, in memory and, with a
-    `path`, in a folder of Parquet shards, and never measured again: not by a search that was interrupted and started anew,
-    nor by one on more samples.
+    Accuracy of each sample with chosen blocks, the other knobs being full. What was measured is kept, in memory and,
+    with a `path`, in a folder of Parquet shards, and never measured again: not by a search that was interrupted and
+    started anew, nor by one on more samples.
 
-    All samples stay encoded on the executor's device as long as this object lives: about 8 MB each for MolmoE-1B at its
-    highest tier in bfloat16.
+    All samples stay encoded on the executor's device as long as this object lives: about 8 MB each for MolmoE-1B at
+    its highest tier in bfloat16.
 
     Args:
         executor ([`MolmoExecutor`]):
@@ -56,10 +56,6 @@ class BlockSetAccuracies:
             Folder to keep accuracies in, created if missing. Several objects may share it, e.g. for two splits.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar over the answers that are missing (never where the output is not a terminal).
-
-    Attributes:
-        num_answered (`int`):
-            Answers that the executor was run for so far.
 
     Raises:
         ValueError: If there are no samples, one has no reference answers or another one's id, or the folder holds accuracies
@@ -81,11 +77,13 @@ class BlockSetAccuracies:
         self.num_answered = 0
         self._samples = samples
         self._score = score
-        self._progress = progress
+        self._hides_progress = None if progress else True
         self._setting = executor.knob_space.full
         self._references: list[tuple[str, list[str]]] = []  # metric and answers of each sample
         self._rows: dict[str, int] = {}
-        for row, sample in enumerate(_without_images(samples)):
+        # The images of a data set take long to decode, and are not looked at here.
+        texts = samples.remove_columns("image") if isinstance(samples, Dataset) else samples
+        for row, sample in enumerate(texts):
             if not sample["answers"]:
                 raise ValueError(f"sample '{sample['sample_id']}' has no reference answers: leave it out.")
             if self._rows.setdefault(sample["sample_id"], row) != row:
@@ -118,22 +116,10 @@ class BlockSetAccuracies:
         return sum(int(np.isnan(self._known(blocks)).sum()) for blocks in {tuple(blocks) for blocks in block_sets})
 
     def measure(self, block_sets: Sequence[Sequence[int]], title: str = "Measuring blocks") -> np.ndarray:
-        """
-        Accuracy of every sample with each set of blocks.
-
-        Args:
-            block_sets (`Sequence[Sequence[int]]`):
-                Sets of blocks that run, each ascending.
-            title (`str`, *optional*, defaults to `"Measuring blocks"`):
-                Title of the progress bar.
-
-        Returns:
-            `numpy.ndarray` of shape `(sets, samples)`.
-        """
+        """Accuracy of every sample with each set of blocks that run, ascending: `(sets, samples)`."""
         missing = self.num_missing(block_sets)
         if missing:
-            hidden = None if self._progress else True
-            with tqdm(total=missing, desc=title, unit="answer", disable=hidden) as bar:
+            with tqdm(total=missing, desc=title, unit="answer", disable=self._hides_progress) as bar:
                 self._answer(dict.fromkeys(tuple(blocks) for blocks in block_sets), bar)
         return np.stack([self._known(blocks) for blocks in block_sets])
 
@@ -170,10 +156,10 @@ class BlockSetAccuracies:
     def encoded(self) -> list[EncodedSample]:
         """The samples as the executor takes them, encoded when first asked for."""
         encoded = []
-        hidden = None if self._progress else True
-        with tqdm(total=len(self._samples), desc="Encoding images", unit="sample", disable=hidden) as bar:
-            for start in range(0, len(self._samples), self.executor.batch_size):
-                stop = min(start + self.executor.batch_size, len(self._samples))
+        total, hidden = len(self._samples), self._hides_progress
+        with tqdm(total=total, desc="Encoding images", unit="sample", disable=hidden) as bar:
+            for start in range(0, total, self.executor.batch_size):
+                stop = min(start + self.executor.batch_size, total)
                 rows = [self._samples[index] for index in range(start, stop)]
                 requests = [ExecutorRequest.of(row, self._setting) for row in rows]
                 encoded += self.executor.encode(requests, self._setting["tier"])
@@ -228,8 +214,3 @@ class BlockSetAccuracies:
             is_asked_for = row["sample_id"] in self._rows
             if is_asked_for and (row["tier"], row["top_k"]) == (self._setting["tier"], self._setting["top_k"]):
                 self._known(row["active_blocks"])[self._rows[row["sample_id"]]] = row["accuracy"]
-
-
-def _without_images(samples: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The same rows; those of a data set without the column that takes long to decode."""
-    return samples.remove_columns("image") if isinstance(samples, Dataset) else samples

@@ -1,9 +1,8 @@
 """How ways of choosing the blocks that run compare: accuracy at each number of blocks, as a table and as a picture."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,33 +22,19 @@ ALL_DATASETS = "all"
 @dataclass(frozen=True)
 class BlockComparisonRow:
     """
-    The accuracy of one way of choosing blocks, at one number of blocks.
+    The accuracy of one way of choosing blocks, at one number of blocks, on the samples of a data set (`"all"`: of all
+    of them).
 
     Args:
-        dataset (`str`):
-            Data set of the samples; `"all"` for those of all data sets.
-        num_blocks (`int`):
-            Blocks that run.
-        selection (`str`):
-            How they were chosen.
-        accuracy (`float`):
-            Mean accuracy. Of `"random"`, the mean over sets, too.
         accuracy_interval (`tuple[float, float]`):
             Interval that has 95 % confidence, by a bootstrap over samples.
-        gain (`float`):
-            Accuracy beyond that of `"prefix"`, with as many blocks.
-        gain_interval (`tuple[float, float]`):
-            Its interval, by a paired bootstrap over samples.
-        spread (`float`, *optional*):
-            Of `"random"`: standard deviation of the sets' accuracies (with n - 1).
-        lowest (`float`, *optional*):
-            Of `"random"`: accuracy of the worst set.
-        highest (`float`, *optional*):
-            Of `"random"`: accuracy of the best set.
+        gain (`float`), gain_interval (`tuple[float, float]`):
+            Accuracy beyond that of `"prefix"` with as many blocks, and its interval, by a paired bootstrap over samples.
+        spread (`float`, *optional*), lowest (`float`, *optional*), highest (`float`, *optional*):
+            Of `"random"`, whose accuracy is a mean over sets: standard deviation of the sets' accuracies (with n - 1),
+            accuracy of the worst set and of the best.
         active_blocks (`list[int]`, *optional*):
             The blocks, but of `"random"`.
-        num_samples (`int`):
-            Samples.
     """
 
     dataset: str
@@ -75,28 +60,12 @@ def compare_block_selections(
     seed: int = 42,
 ) -> list[BlockComparisonRow]:
     """
-    Measures ways of choosing blocks, and for comparison the first blocks (`"prefix"`) and random sets (`"random"`).
+    Measures ways of choosing blocks, and for comparison the first blocks (`"prefix"`) and random sets (`"random"`), on
+    samples that none of them was chosen on. `selections` has, for each way, the blocks that run for each number in
+    `counts`; `datasets` has the rows of each data set's samples.
 
-    Args:
-        accuracies ([`BlockSetAccuracies`]):
-            Measures sets of blocks, on samples that none of them was chosen on.
-        selections (`dict[str, dict[int, Sequence[int]]]`):
-            For each way of choosing, the blocks that run for each number of blocks.
-        counts (`Sequence[int]`):
-            Numbers of blocks to compare at.
-        datasets (`dict[str, Sequence[int]]`):
-            Rows of the samples of each data set.
-        num_random_sets (`int`, *optional*, defaults to 20):
-            Random sets of each size, see [`random_block_sets`].
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the random sets and of the bootstrap.
-
-    Returns:
-        `list[BlockComparisonRow]`: Data set by data set, those together first; number by number, ascending; in each the
-        ways in the order of `selections`, prefix, random.
-
-    Raises:
-        ValueError: If fewer than 2 random sets are asked for, or a data set has fewer than 2 samples.
+    Gives rows data set by data set, those together first; number by number, ascending; in each the ways in the order
+    of `selections`, prefix, random. A `ValueError` tells of fewer than 2 random sets or samples of a data set.
     """
     if num_random_sets < 2:
         raise ValueError(f"`num_random_sets` is {num_random_sets}: their spread needs 2 or more.")
@@ -139,27 +108,6 @@ def compare_block_selections(
                 )
             )
     return rows
-
-
-def comparison_to_dict(
-    rows: Sequence[BlockComparisonRow], full_accuracies: Mapping[str, float], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """
-    The comparison as it is written to JSON.
-
-    Args:
-        rows (`Sequence[BlockComparisonRow]`):
-            What [`compare_block_selections`] gives.
-        full_accuracies (`dict[str, float]`):
-            Accuracy of all blocks on each data set and on all of them.
-        provenance (`dict[str, Any]`):
-            How it was measured.
-    """
-    return {
-        "full_accuracy": dict(full_accuracies),
-        "rows": [asdict(row) for row in rows],
-        "provenance": dict(provenance),
-    }
 
 
 def format_comparison_table(rows: Sequence[BlockComparisonRow], title: str) -> Table:
@@ -222,18 +170,8 @@ def _cells(row: BlockComparisonRow) -> list[str]:
 def draw_comparison(
     rows: Sequence[BlockComparisonRow], full_accuracies: Mapping[str, float], path: str | Path
 ) -> None:
-    """
-    Draws accuracy against the number of blocks, a panel for each data set: a line for each way of choosing, with 95 %
-    intervals, and for random sets their mean and the range from the worst to the best set.
-
-    Args:
-        rows (`Sequence[BlockComparisonRow]`):
-            What [`compare_block_selections`] gives.
-        full_accuracies (`dict[str, float]`):
-            Accuracy of all blocks on each data set and on all of them.
-        path (`str` or `Path`):
-            PNG to write.
-    """
+    """Draws accuracy against the number of blocks to a PNG, a panel for each data set: a line for each way of
+    choosing, with 95 % intervals, and for random sets their mean and the range from the worst to the best set."""
     datasets = list(dict.fromkeys(row.dataset for row in rows))
     names = [name for name in dict.fromkeys(row.selection for row in rows) if name != RANDOM]
     counts = sorted({row.num_blocks for row in rows})

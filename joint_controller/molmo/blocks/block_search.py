@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from .block_accuracy import BlockSetAccuracies
 
 
@@ -12,25 +10,15 @@ def search_blocks(
     accuracies: BlockSetAccuracies, counts: Sequence[int], beam_width: int = 4
 ) -> dict[int, tuple[int, ...]]:
     """
-    Searches for the most accurate set of each size by leaving out one block after another, never block 0: all sets that
-    lack one block more than a set of the beam are measured, and the best `beam_width` of them make the next beam. A width
-    of 1 is a greedy search; a width of the number of all sets of a size tries them all.
+    Searches for the most accurate set of each size in `counts` by leaving out one block after another, never block 0:
+    all sets that lack one block more than a set of the beam are measured, and the best `beam_width` of them make the
+    next beam. A width of 1 is a greedy search; a width of the number of all sets of a size tries them all. Judge what
+    is found, blocks ascending, on other samples than these.
 
-    Scores of single blocks say what leaving out *one* block costs. Blocks that stand in for one another cost little each
-    and much together, which only a search over sets sees.
+    Scores of single blocks say what leaving out *one* block costs. Blocks that stand in for one another cost little
+    each and much together, which only a search over sets sees.
 
     Equally accurate sets are ordered by their blocks, the set with the earlier blocks first, so that a search repeats.
-
-    Args:
-        accuracies ([`BlockSetAccuracies`]):
-            Measures sets. Its samples are those to search on; judge what is found on others.
-        counts (`Sequence[int]`):
-            Numbers of blocks to find sets for, block 0 included.
-        beam_width (`int`, *optional*, defaults to 4):
-            Sets of each size that are followed.
-
-    Returns:
-        `dict[int, tuple[int, ...]]`: For each number the most accurate set that was measured, blocks ascending.
 
     Raises:
         ValueError: If `beam_width` is less than 1 or a number is not one of 1 to the executor's blocks.
@@ -48,7 +36,9 @@ def search_blocks(
         candidates = sorted(
             {tuple(other for other in blocks if other != block) for blocks in beam for block in blocks if block != 0}
         )
-        means = mean_accuracies(accuracies.measure(candidates, title=f"Searching sets of {count}"))
+        measured = accuracies.measure(candidates, title=f"Searching sets of {count}")
+        # Rounded exactly: sets that answer as many samples right tie, whatever the order of the samples.
+        means = [math.fsum(row) / len(row) for row in measured]
         # Stable: among equals, the candidates' own order.
         ranked = sorted(zip(candidates, means, strict=True), key=lambda pair: -pair[1])
         beam = [blocks for blocks, _ in ranked[:beam_width]]
@@ -57,28 +47,10 @@ def search_blocks(
 
 
 def max_sets_searched(num_layers: int, smallest_count: int, beam_width: int) -> int:
-    """
-    The most sets that [`search_blocks`] measures: for each size, as many as the beam has neighbours, and no more than
-    there are.
-
-    Args:
-        num_layers (`int`):
-            Blocks of the model.
-        smallest_count (`int`):
-            Smallest number of blocks to find a set for.
-        beam_width (`int`):
-            Sets of each size that are followed.
-    """
+    """The most sets that [`search_blocks`] measures down to the smallest size: for each size, as many as the beam has
+    neighbours, and no more than there are."""
     total, beam = 0, 1
     for count in range(num_layers - 1, smallest_count - 1, -1):
         sets = min(beam * count, math.comb(num_layers - 1, count - 1))
         total, beam = total + sets, min(beam_width, sets)
     return total
-
-
-def mean_accuracies(measured: np.ndarray) -> list[float]:
-    """
-    Mean of each row of `(sets, samples)`, exactly rounded: sets that answer as many samples right tie, whatever the order
-    of the samples.
-    """
-    return [math.fsum(row) / len(row) for row in measured]

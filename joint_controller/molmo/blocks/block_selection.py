@@ -62,13 +62,8 @@ class BlockSelection:
 
     @classmethod
     def from_file(cls, path: str | Path, num_layers: int) -> "BlockSelection":
-        """
-        Reads scores, and sets of blocks if it holds any, from a file of [`save_importance`] or a published table.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds no scores, or not those of a model with `num_layers` blocks.
-        """
+        """The selection of an importance file, see [`load_importance`] and [`load_block_sets`], of a model with
+        `num_layers` blocks."""
         return cls(num_layers, load_importance(path), load_block_sets(path))
 
     def _check_range(self, blocks: Mapping[int, float] | Sequence[int], what: str) -> None:
@@ -85,12 +80,7 @@ class BlockSelection:
         return sorted(self._ranking[: self.num_required])
 
     def active_blocks(self, num_blocks: int) -> list[int]:
-        """
-        Blocks that run when `num_blocks` do, ascending.
-
-        Raises:
-            ValueError: If the executor cannot run with that many blocks.
-        """
+        """Blocks that run when `num_blocks` do, ascending. A `ValueError` tells of a number that cannot."""
         if num_blocks not in self.counts:
             raise ValueError(
                 f"`num_blocks` is {num_blocks}, but the executor can run {self.num_required} to {self.num_layers} blocks."
@@ -99,22 +89,7 @@ class BlockSelection:
 
 
 def random_block_sets(num_layers: int, num_blocks: int, num_sets: int, seed: int = 42) -> list[tuple[int, ...]]:
-    """
-    Draws sets of blocks, each independently and uniformly from all sets of its size that contain block 0; the same set may
-    come more than once.
-
-    Args:
-        num_layers (`int`):
-            Blocks of the model.
-        num_blocks (`int`):
-            Blocks of a set, block 0 included.
-        num_sets (`int`):
-            Sets to draw.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the draws. The first sets do not depend on how many are drawn.
-
-    Returns:
-        `list[tuple[int, ...]]`: The sets, the blocks of each ascending.
-    """
+    """Draws sets of blocks, each independently and uniformly from all sets of its size that contain block 0, blocks
+    ascending; the same set may come more than once. The first sets do not depend on how many are drawn."""
     generator = random.Random(f"{seed}/{num_layers}/{num_blocks}")
     return [(0, *sorted(generator.sample(range(1, num_layers), num_blocks - 1))) for _ in range(num_sets)]

@@ -27,7 +27,7 @@ class BlockScores:
 
     Args:
         values (`numpy.ndarray` of shape `(samples, blocks)`):
-            What each sample says about each block.
+            What each of 2 or more samples says about each block.
         seed (`int`, *optional*, defaults to 42):
             Seed of the bootstrap.
 
@@ -38,9 +38,6 @@ class BlockScores:
             Standard error of each score: the standard deviation over samples (with n - 1) over √n.
         intervals (`dict[int, tuple[float, float]]`):
             Interval of each score that has 95 % confidence, see [`bootstrap_intervals`].
-
-    Raises:
-        ValueError: If there are fewer than 2 samples, which say nothing about confidence.
     """
 
     def __init__(self, values: np.ndarray, seed: int = 42):
@@ -57,25 +54,10 @@ class BlockScores:
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int = 42, num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
-    """
-    Intervals of means that have 95 % confidence, by the percentile bootstrap (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 13): samples are drawn with replacement, and the interval covers the middle 95 % of the means.
-    Paired: a drawn sample counts in all columns, so that columns can be compared by their differences.
-
-    Args:
-        values (`numpy.ndarray` of shape `(samples, n)`):
-            Numbers of each sample.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the draws.
-        num_resamples (`int`, *optional*, defaults to 2000):
-            How often samples are drawn.
-
-    Returns:
-        `numpy.ndarray` of shape `(n, 2)`: Lower and upper end of each column's interval.
-
-    Raises:
-        ValueError: If there are fewer than 2 samples.
-    """
+    """Intervals of the means of each column of `values` `(samples, n)` that have 95 % confidence: `(n, 2)`. By the
+    percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): samples are drawn
+    with replacement, and the interval covers the middle 95 % of the means. Paired: a drawn sample counts in all
+    columns, so that columns can be compared by their differences. A `ValueError` tells of fewer than 2 samples."""
     if len(values) < 2:
         raise ValueError(f"confidence needs 2 samples or more of each data set, but there is {len(values)}.")
     interval = bootstrap(
@@ -92,19 +74,8 @@ def bootstrap_intervals(values: np.ndarray, seed: int = 42, num_resamples: int =
 
 
 def measure_accuracy_drop(accuracies: BlockSetAccuracies, seed: int = 42) -> BlockScores:
-    """
-    Scores every block by the accuracy that is lost when it alone is left out, the other knobs being full. Block 0 is scored
-    too, though it always runs.
-
-    Args:
-        accuracies ([`BlockSetAccuracies`]):
-            Measures the sets of blocks, on held-out training data.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the bootstrap.
-
-    Returns:
-        [`BlockScores`]: A score is the mean over samples of accuracy(all blocks) − accuracy(all but the block).
-    """
+    """Scores every block by the mean over samples of accuracy(all blocks) − accuracy(all but the block), the other
+    knobs being full. Block 0 is scored too, though it always runs. The samples are held-out training data."""
     every_block = accuracies.all_blocks
     left_out = [tuple(other for other in every_block if other != block) for block in every_block]
     with_all, *without = accuracies.measure([every_block, *left_out], title="Leaving out each block")
@@ -116,29 +87,14 @@ def measure_hidden_change(
     executor: MolmoExecutor, encoded: Sequence[EncodedSample], seed: int = 42, progress: bool = False
 ) -> BlockScores:
     """
-    Scores every block by how much it changes the hidden state, which one prefill of each sample tells, with all blocks and
-    the other knobs full: a proxy for the accuracy drop that needs no answers. It is the block influence of ShortGPT (Men et
-    al., 2024, arXiv:2403.03853, eq. 1), with every sample weighing the same:
+    Scores every block by how much it changes the hidden state, which one prefill of each sample tells, with all blocks
+    and the other knobs full: a proxy for the accuracy drop that needs no answers. It is the block influence of
+    ShortGPT (Men et al., 2024, arXiv:2403.03853, eq. 1), with every sample weighing the same:
 
         score of block i = mean over samples of the mean over tokens t of 1 − x[i, t] · x[i+1, t] / (|x[i, t]| |x[i+1, t]|)
 
-    where x[i, t] is the hidden state of token t that enters block i, and x[i+1, t] the one that leaves it.
-
-    Args:
-        executor ([`MolmoExecutor`]):
-            Executor to measure. Its modules run as they are, whatever its mode, one prompt at a time.
-        encoded (`Sequence[EncodedSample]`):
-            Prompts with their images, as [`MolmoExecutor.encode`] or [`BlockSetAccuracies.encoded`] gives them.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the bootstrap.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar (never where the output is not a terminal).
-
-    Returns:
-        [`BlockScores`]
-
-    Raises:
-        ValueError: If there are fewer than 2 samples.
+    where x[i, t] is the hidden state of token t that enters block i, and x[i+1, t] the one that leaves it. The model's
+    modules run as they are, whatever the executor's mode, one prompt at a time.
     """
     changes: list[float] = []
 

@@ -1,24 +1,18 @@
-"""
-Scores the executor's blocks, and searches for the blocks that can be left out together.
-
-```bash
-joint-controller importance --config recipes/embedded_executor/importance.yaml
-joint-controller importance --config recipes/embedded_executor/search_blocks.yaml
-```
-"""
+"""Scores the executor's blocks, and searches for the blocks that can be left out together."""
 
 import datetime
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.table import Table
+from transformers.hf_argparser import HfArg
 
 from ...data import SkippedRows
 from ...data.loading import load_vqa_parts
@@ -32,7 +26,6 @@ from .block_accuracy import BlockSetAccuracies
 from .block_comparison import (
     ALL_DATASETS,
     compare_block_selections,
-    comparison_to_dict,
     draw_comparison,
     format_comparison_markdown,
     format_comparison_table,
@@ -84,46 +77,36 @@ examples:
 
 @dataclass(kw_only=True)
 class ImportanceArguments(DatasetArguments):
-    """
-    Arguments of `joint-controller importance`, besides those of [`DatasetArguments`].
-    """
+    """Arguments of `joint-controller importance`, besides those of [`DatasetArguments`]."""
 
-    output_dir: str = field(default="", metadata={"help": "Folder for scores, report and answers. Required."})
-    model_path: str = field(
+    output_dir: str = HfArg(default="", help="Folder for scores, report and answers. Required.")
+    model_path: str = HfArg(
         default="embedded",
-        metadata={"help": "Model folder or Hub repository of the executor; 'embedded' is the one that ships here."},
+        help="Model folder or Hub repository of the executor; 'embedded' is the one that ships here.",
     )
-    dataset_split: str = field(
+    dataset_split: str = HfArg(
         default="validation",
-        metadata={
-            "help": "Split to score and search on. Training data held out, not the test split: scores set the knobs."
-        },
+        help="Split to score and search on. Training data held out, not the test split: scores set the knobs.",
     )
-    max_samples: int = field(default=1000, metadata={"help": "Samples to score and search on, of all data sets."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Most tokens of an answer."})
-    batch_size: int = field(default=32, metadata={"help": "Most prompts that are answered at once."})
-    beam_width: int | None = field(
+    max_samples: int = HfArg(default=1000, help="Samples to score and search on, of all data sets.")
+    max_new_tokens: int = HfArg(default=16, help="Most tokens of an answer.")
+    batch_size: int = HfArg(default=32, help="Most prompts that are answered at once.")
+    beam_width: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Search for sets of blocks: sets of each size that are followed while blocks are left out one after "
-            "another. 1 is a greedy search. Default: no search and no comparison."
-        },
+        help="Search for sets of blocks: sets of each size that are followed while blocks are left out one after another. "
+        "1 is a greedy search. Default: no search and no comparison.",
     )
-    num_blocks_values: list[int] | None = field(
+    num_blocks_values: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Numbers of blocks to search sets for and to compare at. Default: those of the executor's "
-            "configuration, but the largest."
-        },
+        help="Numbers of blocks to search sets for and to compare at. Default: those of the executor's configuration, but "
+        "the largest.",
     )
-    comparison_split: str = field(
-        default="test", metadata={"help": "Split on which the search is compared. Not that of the search."}
+    comparison_split: str = HfArg(
+        default="test", help="Split on which the search is compared. Not that of the search."
     )
-    max_comparison_samples: int = field(default=1000, metadata={"help": "Samples to compare on, of all data sets."})
-    num_random_sets: int = field(default=20, metadata={"help": "Random sets of each size in the comparison."})
-    seed: int = field(
-        default=42, metadata={"help": "Seed of the samples, of the random sets and of the bootstrap intervals."}
-    )
+    max_comparison_samples: int = HfArg(default=1000, help="Samples to compare on, of all data sets.")
+    num_random_sets: int = HfArg(default=20, help="Random sets of each size in the comparison.")
+    seed: int = HfArg(default=42, help="Seed of the samples, of the random sets and of the bootstrap intervals.")
 
 
 def make_parser() -> ScriptParser:
@@ -132,19 +115,8 @@ def make_parser() -> ScriptParser:
 
 @dataclass
 class MeasuredSplit:
-    """
-    The samples of a split, and what is known of the executor's blocks on them.
-
-    Args:
-        split (`str`):
-            The split.
-        samples (`datasets.Dataset`):
-            Its samples.
-        rows_of (`dict[str, range]`):
-            Rows of each data set's samples.
-        accuracies ([`BlockSetAccuracies`]):
-            Accuracy of sets of blocks on the samples.
-    """
+    """The samples of a split, the rows of each data set's samples, and what is known of the executor's blocks on
+    them."""
 
     split: str
     samples: Dataset
@@ -286,8 +258,8 @@ def _compare(
     }
     output_dir = Path(args.output_dir)
     title = f"Blocks of {args.model_path}, chosen on '{args.dataset_split}' and compared on '{held_out.split}'"
-    comparison = json.dumps(comparison_to_dict(rows, full, provenance), indent=2)
-    (output_dir / f"{COMPARISON}.json").write_text(comparison + "\n", encoding="utf-8")
+    comparison = {"full_accuracy": full, "rows": [asdict(row) for row in rows], "provenance": provenance}
+    (output_dir / f"{COMPARISON}.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
     markdown = format_comparison_markdown(rows, full, title, picture=f"{COMPARISON}.png")
     (output_dir / f"{COMPARISON}.md").write_text(markdown, encoding="utf-8")
     draw_comparison(rows, full, output_dir / f"{COMPARISON}.png")
@@ -316,16 +288,13 @@ def _save_scores(
 
     for method in scores:
         for dataset in scored.rows_of:
-            save(f"{method}_{_file_name(dataset)}.json", method, dataset)
+            # "text_vqa=some/folder" becomes "text_vqa".
+            name = re.sub(r"[^\w.-]+", "_", dataset.split("=")[0]).strip("_")
+            save(f"{method}_{name}.json", method, dataset)
     if searched is not None:
         save(SEARCHED_FILE, IMPORTANCE, ALL_DATASETS, searched)
     save(f"{HIDDEN_CHANGE}.json", HIDDEN_CHANGE, ALL_DATASETS)
     save(f"{IMPORTANCE}.json", IMPORTANCE, ALL_DATASETS)  # the last file: where it is, nothing is missing
-
-
-def _file_name(dataset: str) -> str:
-    """What stands for a data set in the name of a file: `"text_vqa=some/folder"` becomes `"text_vqa"`."""
-    return re.sub(r"[^\w.-]+", "_", dataset.split("=")[0]).strip("_")
 
 
 def _provenance(

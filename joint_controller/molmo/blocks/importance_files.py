@@ -12,15 +12,8 @@ _WHAT_IS_EXPECTED = 'expected block → score, e.g. {"0": 0.56, "1": 0.08}'
 
 def load_importance(path: str | Path) -> dict[int, float]:
     """
-    Reads the scores of blocks from a JSON file.
-
-    Args:
-        path (`str` or `Path`):
-            File with an object of block → score, as published with MolmoE-1B's profiling tables, or with such an object
-            under `"scores"`, as [`save_importance`] writes it.
-
-    Returns:
-        `dict[int, float]`: Score of each block that the file lists.
+    Scores of blocks, by block, in a JSON file: an object of block → score, as published with MolmoE-1B's profiling
+    tables, or one with such an object under `"scores"`, as [`save_importance`] writes it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -39,14 +32,8 @@ def load_importance(path: str | Path) -> dict[int, float]:
 
 def load_block_sets(path: str | Path) -> dict[int, list[int]]:
     """
-    Reads the sets of blocks that an importance file may hold besides its scores, under `"block_sets"`.
-
-    Args:
-        path (`str` or `Path`):
-            File that [`load_importance`] reads.
-
-    Returns:
-        `dict[int, list[int]]`: For each number of blocks that has a set of its own, that set. Empty for most files.
+    Sets of blocks, by their size, that an importance file may hold besides its scores, under `"block_sets"`. Most have
+    none.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -88,23 +75,8 @@ def save_importance(
     intervals: Mapping[int, tuple[float, float]] | None = None,
     block_sets: Mapping[int, Sequence[int]] | None = None,
 ) -> None:
-    """
-    Writes the scores of blocks, how sure they are, and where they come from, as JSON.
-
-    Args:
-        path (`str` or `Path`):
-            File to write; its folder is created.
-        scores (`dict[int, float]`):
-            Score of each block.
-        provenance (`dict[str, Any]`):
-            How they were measured: data, seed, executor.
-        standard_errors (`dict[int, float]`, *optional*):
-            Standard error of each score.
-        intervals (`dict[int, tuple[float, float]]`, *optional*):
-            Interval of each score that has 95 % confidence.
-        block_sets (`dict[int, Sequence[int]]`, *optional*):
-            For some numbers of blocks, the set that runs instead of the blocks with the highest scores.
-    """
+    """Writes the score of each block, how sure it is (standard error, 95 % interval), and how it was measured, as
+    JSON; and for some numbers of blocks, the set that runs instead of the blocks with the highest scores."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {

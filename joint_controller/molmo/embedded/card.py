@@ -50,14 +50,19 @@ and then ends. Averages are over question types.
 TRAINING = """
 ## Training
 
-`joint-controller train-executor --config recipes/embedded_executor/train.yaml`, seed {seed}, on {hardware}: {steps:,} steps in
-{minutes:.1f} minutes (compilation included), torch {torch}, transformers {transformers}. A step has {scenes} scenes and {easy}
-images of easy-vqa, each with up to {questions} questions packed into one sequence. Scenes are drawn up to {scale:g} times as
-large at first and as large as those of the test after {curriculum:.0%} of the steps. A GPU's sums depend on their order: another
+`joint-controller train-executor --config recipes/embedded_executor/train.yaml`, seed {seed}, on {hardware}: \
+{max_steps:,} steps in
+{minutes:.1f} minutes (compilation included), torch {versions[torch]}, transformers {versions[transformers]}. \
+A step has {scenes_per_step} scenes and {easy_vqa_images_per_step}
+images of easy-vqa, each with up to {questions_per_image} questions packed into one sequence. \
+Scenes are drawn up to {largest_size_scale:g} times as
+large at first and as large as those of the test after {curriculum_share:.0%} of the steps. \
+A GPU's sums depend on their order: another
 run with this seed ends with slightly other weights and numbers.
 
 Routers of a model this small come to send nearly all of a token's weight to one expert, so that `top_k` would cost and save
-nothing. A loss therefore keeps the weights of the chosen experts worth {effective:g} experts or more (the exponential of their
+nothing. A loss therefore keeps the weights of the chosen experts worth {effective_experts:g} experts or more \
+(the exponential of their
 entropy).
 """
 
@@ -65,20 +70,8 @@ entropy).
 def build_executor_card(
     results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], importance: Mapping[int, float]
 ) -> str:
-    """
-    Writes the model card of a trained executor.
-
-    Args:
-        results (`dict`):
-            Content of `results.json`.
-        log (`Sequence[dict]`):
-            Lines of `log.jsonl`.
-        importance (`dict[int, float]`):
-            Score of each block.
-
-    Returns:
-        `str`: Markdown with the metadata block of the Hub.
-    """
+    """The model card of a trained executor, Markdown with the metadata block of the Hub: from the content of
+    `results.json`, the lines of `log.jsonl`, and the score of each block."""
     args = results["arguments"]
     counts = " and ".join(
         f"{sum(questions['count'] for questions in types.values()):,} questions of {name}"
@@ -88,20 +81,7 @@ def build_executor_card(
         HEADER.format(millions=results["num_parameters"] / 1e6, counts=counts),
         "## Results at a glance\n",
         _overview(results),
-        TRAINING.format(
-            seed=args["seed"],
-            hardware=results["hardware"],
-            steps=args["max_steps"],
-            minutes=results["training_seconds"] / 60,
-            torch=results["versions"]["torch"],
-            transformers=results["versions"]["transformers"],
-            scenes=args["scenes_per_step"],
-            easy=args["easy_vqa_images_per_step"],
-            questions=args["questions_per_image"],
-            scale=args["largest_size_scale"],
-            curriculum=args["curriculum_share"],
-            effective=args["effective_experts"],
-        ),
+        TRAINING.format(**args, **results, minutes=results["training_seconds"] / 60),
         "Validation accuracy during training, the other knobs at full:\n",
         _learning_curve(log, results["questions"]),
         "\nAll arguments:\n",

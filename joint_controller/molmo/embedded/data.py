@@ -31,19 +31,9 @@ def scene(split: str, index: int, size_scale: float = 1.0) -> AskedImage:
 
 
 class TrainingScenes(Dataset):
-    """
-    The scenes of a whole training in their order, larger ones first, each drawn when it is asked for.
-
-    Args:
-        packer ([`Packer`]):
-            Packs the questions.
-        num_scenes (`int`):
-            Scenes in the training.
-        largest_size_scale (`float`):
-            The first scenes are drawn 1 to this many times as large as those of the test.
-        curriculum_share (`float`):
-            Share of the scenes after which all have the size of the test's.
-    """
+    """The scenes of a whole training in their order, each drawn when it is asked for. The first are drawn 1 to
+    `largest_size_scale` times as large as those of the test; after `curriculum_share` of them all have the size of the
+    test's."""
 
     def __init__(self, packer: Packer, num_scenes: int, largest_size_scale: float, curriculum_share: float):
         self.packer = packer

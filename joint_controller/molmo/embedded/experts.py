@@ -22,25 +22,14 @@ def dense_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    Runs every expert on every token and weights those that a token was not routed to by zero: the same function and
-    gradients as sparse routing. It costs `num_experts / top_k` times the arithmetic, but is two matrix products of a
-    fixed shape, which compile and fuse; where experts are small and tokens many, that is many times faster.
+    The experts of a block, as transformers' experts interface calls them: `hidden_states` `(tokens, hidden_size)` to
+    the same shape, each token by its `top_k_index` `(tokens, top_k)`, weighted. Runs every expert on every token and
+    weights those that a token was not routed to by zero: the same function and gradients as sparse routing. It costs
+    `num_experts / top_k` times the arithmetic, but is two matrix products of a fixed shape, which compile and fuse;
+    where experts are small and tokens many, that is many times faster.
 
-    In training it leaves `routing_entropy` (tokens,) on the module: the entropy in nats of each token's weights, scaled
-    to sum to 1. A loss may read it; nothing else of the routing leaves a compiled block.
-
-    Args:
-        self (`nn.Module`):
-            The experts of a block, as transformers' experts interface passes them.
-        hidden_states (`torch.Tensor` of shape `(tokens, hidden_size)`):
-            Inputs.
-        top_k_index (`torch.Tensor` of shape `(tokens, top_k)`):
-            Experts of each token.
-        top_k_weights (`torch.Tensor` of shape `(tokens, top_k)`):
-            Their weights.
-
-    Returns:
-        `torch.Tensor` of shape `(tokens, hidden_size)`.
+    In training it leaves `routing_entropy` (tokens,) on the module: the entropy in nats of each token's weights,
+    scaled to sum to 1. A loss may read it; nothing else of the routing leaves a compiled block.
     """
     if self.training:
         shares = top_k_weights.float() / top_k_weights.float().sum(-1, keepdim=True)

@@ -34,25 +34,8 @@ def measure_accuracy(
     runs: Sequence[Run],
     batch_size: int,
 ) -> dict[Run, dict[str, float]]:
-    """
-    Share of questions that greedy decoding answers: the answer and then the end of the sequence are the likeliest
-    tokens.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The executor.
-        processor ([`MolmoProcessor`]):
-            Its processor.
-        asked_images (`Sequence[AskedImage]`):
-            Square images of one size, and their questions.
-        runs (`Sequence[Run]`):
-            What to run at.
-        batch_size (`int`):
-            Images in a batch.
-
-    Returns:
-        `dict[Run, dict[str, float]]`: for each run the accuracy of each question type.
-    """
+    """Share of the questions of each type that greedy decoding answers at each run: the answer and then the end of the
+    sequence are the likeliest tokens. Images are square and of one size, `batch_size` of them in a batch."""
     packer = Packer(processor, max(len(asked.questions) for asked in asked_images))
     packed = default_collate([packer.pack(asked) for asked in asked_images])
     correct: dict[Run, list[bool]] = {run: [] for run in runs}
@@ -91,24 +74,9 @@ def score_blocks(
     data: Mapping[str, Sequence[AskedImage]],
     batch_size: int,
 ) -> dict[int, float]:
-    """
-    Importance of each block: the accuracy that leaving it out costs at the otherwise full setting.
-
-    The same scores as those of [`~molmo.blocks.importance.measure_accuracy_drop`], which asks one question at a time.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The executor.
-        processor ([`MolmoProcessor`]):
-            Its processor.
-        data (`dict[str, Sequence[AskedImage]]`):
-            Images and questions of each data set. All question types weigh the same.
-        batch_size (`int`):
-            Images in a batch.
-
-    Returns:
-        `dict[int, float]`: score of each block.
-    """
+    """Importance of each block: the accuracy that leaving it out costs at the otherwise full setting, averaged over
+    all question types of all data sets. The same scores as those of
+    [`~molmo.blocks.importance.measure_accuracy_drop`], which asks one question at a time."""
     full = KnobSpace.from_dict(model.config.knob_space).full
     every_block = tuple(range(model.config.text_config.num_hidden_layers))
     left = [every_block, *(every_block[:block] + every_block[block + 1 :] for block in every_block)]
@@ -128,25 +96,8 @@ def measure_settings(
     importance: Mapping[int, float],
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """
-    Accuracy at every setting of the checkpoint's knob space.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The executor.
-        processor ([`MolmoProcessor`]):
-            Its processor.
-        data (`dict[str, Sequence[AskedImage]]`):
-            Images and questions of each data set.
-        importance (`dict[int, float]`):
-            Score of each block, by which the blocks that run are chosen.
-        batch_size (`int`):
-            Images in a batch.
-
-    Returns:
-        `list[dict]`: rows of `dataset`, `tier`, `top_k`, `num_blocks`, `accuracy` (of all question types, on average)
-        and `accuracy_by_type`.
-    """
+    """Accuracy at every setting of the checkpoint's knob space, where the blocks that run are chosen by `importance`:
+    rows of `dataset`, the knobs, `accuracy` (of all question types, on average) and `accuracy_by_type`."""
     ranking = sorted(importance, key=lambda block: (block != 0, -importance[block]))
     space = KnobSpace.from_dict(model.config.knob_space)
     runs = {
@@ -158,14 +109,8 @@ def measure_settings(
         accuracies = measure_accuracy(model, processor, asked_images, list(runs.values()), batch_size)
         for setting, run in runs.items():
             by_type = accuracies[run]
-            results.append(
-                {
-                    "dataset": name,
-                    **setting,
-                    "accuracy": fmean(by_type.values()),
-                    "accuracy_by_type": by_type,
-                }
-            )
+            accuracy = fmean(by_type.values())
+            results.append({"dataset": name, **setting, "accuracy": accuracy, "accuracy_by_type": by_type})
     return results
 
 
@@ -175,15 +120,8 @@ def measure_knobs(
     data: Mapping[str, Sequence[AskedImage]],
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """
-    Accuracy of each question type at each value of the knobs `tier` and `top_k`, the other knobs at full: what there is
-    to see before blocks have scores. Compiled modules run eagerly here.
-
-    Args are those of [`score_blocks`].
-
-    Returns:
-        `dict[str, dict[str, float]]`: for each value, e.g. `"tier=low"`, the accuracy of each question type.
-    """
+    """Accuracy of each question type at each value of the knobs `tier` and `top_k`, e.g. `"tier=low"`, the other knobs
+    at full: what there is to see before blocks have scores. Compiled modules run eagerly here."""
     space = KnobSpace.from_dict(model.config.knob_space)
     every_block = tuple(range(model.config.text_config.num_hidden_layers))
     runs = {f"tier={tier}": Run(tier, space.full["top_k"], every_block) for tier in space.values["tier"]}

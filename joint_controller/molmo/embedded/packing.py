@@ -30,13 +30,9 @@ class AskedImage:
 
 
 class Packer:
-    """
-    Puts the questions about an image one after another, as tensors of a fixed shape.
-
-    A packed sequence is a prefix that all questions share (BOS, image, the beginning of the prompt) and then a segment
-    for each question: the rest of its prompt, its answer, padding. Padding needs no mask: it comes after everything
-    that the loss looks at.
-    """
+    """Puts the questions about an image one after another, as tensors of a fixed shape: a prefix that all questions
+    share (BOS, image, the beginning of the prompt) and then a segment for each question: the rest of its prompt, its
+    answer, padding. Padding needs no mask: it comes after everything that the loss looks at."""
 
     segment_length = 14
 
@@ -55,14 +51,9 @@ class Packer:
         return self._known_ids[text]
 
     def pack(self, asked: AskedImage) -> dict[str, torch.Tensor]:
-        """
-        Packs the first `num_questions` questions; missing ones are empty segments without labels.
-
-        Returns:
-            `dict` of `images` (3, height, width) uint8, `segments` and `labels` (num_questions, segment_length), the
-            latter with the answer at the last token of the prompt, the end of the sequence at the answer, and -100
-            elsewhere.
-        """
+        """Packs the first `num_questions` questions; missing ones are empty segments without labels. Gives `images`
+        (3, height, width) uint8, `segments` and `labels` (num_questions, segment_length), the latter with the answer
+        at the last token of the prompt, the end of the sequence at the answer, and -100 elsewhere."""
         tokenizer = self.processor.tokenizer
         segments = torch.full((self.num_questions, self.segment_length), tokenizer.pad_token_id)
         labels = torch.full_like(segments, -100)
@@ -123,20 +114,8 @@ class TierLayout:
 
 
 def cut_views(images: torch.Tensor, tiling: tuple[int, int], config: MolmoConfig) -> torch.Tensor:
-    """
-    What [`MolmoImageProcessor`] does to square images, for a batch on the training device.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, side, side)`):
-            Pixels, 0–255.
-        tiling (`tuple[int, int]`):
-            Rows and columns of crops, as many of one as of the other.
-        config ([`MolmoConfig`]):
-            Geometry of views.
-
-    Returns:
-        `torch.Tensor` of shape `(B, V, P, 3·patch²)`.
-    """
+    """What [`MolmoImageProcessor`] does to square images, for a batch on the training device: pixels
+    `(B, 3, side, side)`, 0–255, to `(B, V, P, 3·patch²)`. The tiling has as many rows as columns."""
     view, patch = config.vision_config.image_size, config.vision_config.patch_size
     margin = sum(config.overlap_margins) * patch
     mean, std = (
@@ -157,22 +136,8 @@ def cut_views(images: torch.Tensor, tiling: tuple[int, int], config: MolmoConfig
 def segment_logits(
     model: MolmoForConditionalGeneration, layout: TierLayout, segments: torch.Tensor, **inputs: Any
 ) -> torch.Tensor:
-    """
-    Logits of the questions' tokens.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The executor.
-        layout ([`TierLayout`]):
-            Layout of the tier.
-        segments (`torch.Tensor` of shape `(B, questions, segment length)`):
-            Tokens of the questions.
-        inputs:
-            `pixel_values` or `image_features`, and knobs, for the model.
-
-    Returns:
-        `torch.Tensor` of shape `(B, questions, segment length, vocabulary)`.
-    """
+    """Logits of the questions' tokens, `(B, questions, segment length, vocabulary)`, of segments
+    `(B, questions, segment length)`. `inputs` are `pixel_values` or `image_features`, and knobs, for the model."""
     batch_size = len(segments)
     logits = model(
         input_ids=torch.cat([layout.prefix_ids.expand(batch_size, -1), segments.flatten(1)], dim=1),

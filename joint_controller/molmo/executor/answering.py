@@ -22,18 +22,8 @@ if TYPE_CHECKING:
 def answer_requests(
     executor: "MolmoExecutor", requests: Sequence[ExecutorRequest]
 ) -> Iterator[dict[int, ExecutorOutput]]:
-    """
-    Answers requests, all at settings of the knob space.
-
-    Args:
-        executor ([`MolmoExecutor`]):
-            What answers.
-        requests (`Sequence[ExecutorRequest]`):
-            The requests.
-
-    Returns:
-        `Iterator[dict[int, ExecutorOutput]]`: Outputs of each batch as soon as it is done, by the request's position.
-    """
+    """Answers requests, all at settings of the knob space, and yields the outputs of each batch as soon as it is done,
+    by the request's position."""
     for window in _windows(executor, requests):
         yield from _answer_window(executor, requests, window)
 
@@ -70,8 +60,7 @@ def _answer_window(
     top_k: dict[int, int] = {}
     blocks: dict[int, tuple[int, ...]] = {}
     for tier, positions in window.items():
-        samples = executor.encode([requests[p] for p in positions], tier)
-        for p, sample in zip(positions, samples, strict=True):
+        for p, sample in zip(positions, executor.encode([requests[p] for p in positions], tier), strict=True):
             encoded[p], top_k[p], blocks[p] = executor.apply_setting(requests[p], sample)
     mixes_settings = executor.inference.mixes_settings
 
@@ -103,16 +92,11 @@ def _answer_window(
             work = map if executor.num_workers == 1 else pool.map
             answers = work(lambda batch: do_or_split(answer, batch, "requests", executor.device), batches)
             for batch, its_answers in zip(batches, answers, strict=True):
-                yield {
-                    p: ExecutorOutput(
-                        sample_id=requests[p].sample_id,
-                        setting=requests[p].setting,
-                        answer=executor.decode(tokens),
-                        counts=encoded[p].counts,
-                        output_tokens=len(tokens),
-                    )
-                    for p, tokens in zip(batch, its_answers, strict=True)
-                }
+                outputs = {}
+                for p, tokens in zip(batch, its_answers, strict=True):
+                    about = requests[p].sample_id, requests[p].setting
+                    outputs[p] = ExecutorOutput(*about, executor.decode(tokens), encoded[p].counts, len(tokens))
+                yield outputs
 
 
 def _batches(

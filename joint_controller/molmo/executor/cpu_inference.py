@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .. import MolmoForConditionalGeneration
 from ..modeling_molmo import is_padding_view
+from .inference import Inference
 
 
 MIN_PACKED_MACS = 1_000_000
@@ -42,17 +43,8 @@ QUICK_GELU = 1.702
 
 
 class PackedLinear:
-    """
-    A linear layer whose weight is kept twice: as it is, for a few rows, and in oneDNN's layout, for many.
-
-    Args:
-        weight (`torch.Tensor` of shape `(out, in)`):
-            Weight, in float32.
-        bias (`torch.Tensor` of shape `(out,)`, *optional*):
-            Bias.
-        has_silu (`bool`, *optional*, defaults to `False`):
-            Whether the output goes through SiLU, which oneDNN applies while it is in the cache.
-    """
+    """A linear layer whose float32 weight `(out, in)` is kept twice: as it is, for a few rows, and in oneDNN's layout,
+    for many. With `has_silu` the output goes through SiLU, which oneDNN applies while it is in the cache."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, has_silu: bool = False):
         self.weight = weight.detach().contiguous()
@@ -76,32 +68,24 @@ class PackedLinear:
 
 
 def _rounded(num_rows: int) -> int:
-    """
-    Rows that a product should have for at least that many. oneDNN compiles code for each number of rows that it meets and
-    keeps it: where any number occurs, that costs more than the products themselves, and hundreds of megabytes.
-    """
+    """Rows that a product should have for at least that many. oneDNN compiles code for each number of rows that it
+    meets and keeps it: where any number occurs, that costs more than the products themselves, and hundreds of
+    megabytes."""
     step = 1 if num_rows <= 16 else 8 if num_rows <= 256 else 16 if num_rows <= 512 else 64
     return -(-num_rows // step) * step
 
 
-class CpuInference:
+class CpuInference(Inference):
     """
-    Computes the stages of a request on a CPU, in float32 (see [`Inference`]). Takes the weights that the model has now;
-    a copy of them in oneDNN's layout takes as much memory once more.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The model, in float32 on a CPU.
+    Computes the stages of a request on a CPU, in float32 (see [`Inference`]). Takes the weights that the model has
+    now; a copy of them in oneDNN's layout takes as much memory once more.
 
     Raises:
         ValueError: If the model is elsewhere or in another precision, or torch has no oneDNN.
     """
 
-    prefill_lengths = None
     mixes_settings = True
     prefers_same_settings = True
-    shares_passes = False
-    graphs = None
 
     def __init__(self, model: MolmoForConditionalGeneration):
         if not self.supports(model):
@@ -127,12 +111,6 @@ class CpuInference:
     @torch.inference_mode()
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         return self.vision(pixel_values[0].float(), image_masks[0].float())
-
-    def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-        return [self.image_features(*image) for image in images]
-
-    def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
-        pass  # nothing is kept between requests
 
     @torch.inference_mode()
     def prefill(
@@ -204,7 +182,8 @@ class _VisionEncoder:
         features = torch.cat([outputs[layer][:, 1:] for layer in self.model.vit_layers], dim=-1)
         features = features.masked_fill(is_padding_view(views)[:, None, None], 0.0)
         windows = self.model.connector.windows(features, image_masks)  # (V · T, patches of a window, features)
-        return self.down(self._gated(self._pool(windows))).unflatten(0, (len(views), -1))
+        gate, up = self.gate_up(self._pool(windows)).chunk(2, dim=-1)
+        return self.down(self.model.connector.projector.act_fn(gate) * up).unflatten(0, (len(views), -1))
 
     def _pool(self, windows: torch.Tensor) -> torch.Tensor:
         heads = (self.model.connector.pooling.num_heads, -1)
@@ -214,21 +193,10 @@ class _VisionEncoder:
         weights = (query * key).sum(-1, keepdim=True).mul_(key.shape[-1] ** -0.5).softmax(dim=2)
         return self.pooled((weights * value).sum(2).flatten(1))
 
-    def _gated(self, pooled: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(pooled).chunk(2, dim=-1)
-        return self.model.connector.projector.act_fn(gate) * up
-
 
 class _RMSNorm:
-    """
-    An RMS norm in few passes over its input: x · w · √n / √(‖x‖² + n · ε), which is x · w / √(mean(x²) + ε).
-
-    Args:
-        weight (`torch.Tensor` of shape `(n,)` or `(parts, n)`):
-            Weights; inputs have the same last dimensions.
-        epsilon (`float`):
-            What is added to the mean.
-    """
+    """An RMS norm in few passes over its input: x · w · √n / √(‖x‖² + n · ε), which is x · w / √(mean(x²) + ε). Its
+    weights are `(n,)` or `(parts, n)`; inputs have the same last dimensions."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float):
         size = weight.shape[-1]
@@ -257,10 +225,8 @@ class _Block:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_size = attention.head_dim
         self.clip_qkv = attention.config.clip_qkv
-        self.input_norm, self.post_norm = (
-            _RMSNorm.of(layer.input_layernorm),
-            _RMSNorm.of(layer.post_attention_layernorm),
-        )
+        self.input_norm = _RMSNorm.of(layer.input_layernorm)
+        self.post_norm = _RMSNorm.of(layer.post_attention_layernorm)
         # Channels of queries and keys: the two that a rotary embedding rotates together side by side instead of half a
         # head apart, so that it is one product of complex numbers. Scores are the same in any order.
         self.sizes = [module.out_features for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
@@ -285,10 +251,8 @@ class _Block:
         self.down = [PackedLinear(weight) for weight in mlp.experts.down_proj]
 
     def project(self, hidden: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-        """
-        Queries, keys and values of tokens, side by side: `(tokens, width of all three)`. `rotations` `(tokens, 1, d / 2)`
-        are those of their positions.
-        """
+        """Queries, keys and values of tokens, side by side: `(tokens, width of all three)`. `rotations`
+        `(tokens, 1, d / 2)` are those of their positions."""
         # In place from here on: a prompt's are megabytes, and memory that is new to the process costs more than a product.
         qkv = self.qkv(self.input_norm(hidden))
         query_key = qkv[:, : sum(self.sizes[:2])]
@@ -316,15 +280,10 @@ class _Block:
         return key.unflatten(-1, (-1, self.head_size)), value.unflatten(-1, (-1, self.head_size))
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
-        """
-        What follows attention, whose result is `attended` `(tokens, width)`: in place. `top_k` is one number for all
-        tokens, or one for each, `(tokens,)`.
-        """
+        """Adds the output of attention, `(tokens, width)`, and that of the experts to `hidden`, in place. `top_k` is
+        one number for all tokens, or one for each, `(tokens,)`."""
         hidden.add_(self.out(attended))
-        return self._add_experts(hidden, self.post_norm(hidden), top_k)
-
-    def _add_experts(self, hidden: torch.Tensor, normed: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
-        """Adds to `hidden` what the experts make of `normed`."""
+        normed = self.post_norm(hidden)
         weights = F.linear(normed, self.gate.weight).softmax(dim=-1)
         most = top_k if isinstance(top_k, int) else int(top_k.max())
         weights, experts = weights.topk(most, dim=-1)  # (tokens, most)
@@ -335,7 +294,10 @@ class _Block:
         if self.gate.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if len(hidden) == 1:
-            return hidden.add_(self._experts_of_token(normed, experts[0].tolist(), weights[0]))
+            chosen = experts[0].tolist()
+            gate_up = torch.cat([self.gate_up[expert](normed) for expert in chosen])
+            parts = zip(chosen, self._activated(gate_up, weights[0]).split(1), strict=True)
+            return hidden.add_(torch.cat([self.down[expert](part) for expert, part in parts]).sum(0, keepdim=True))
         # Sorted by expert, the tokens of each lie together. A few experts at a time, so that what is computed in between
         # stays in the processor's cache.
         experts, order = experts.flatten().sort()
@@ -354,8 +316,8 @@ class _Block:
     def _filled_up(
         self, experts: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Tokens and their weights, sorted by expert, with a token of weight zero where a product should have more rows;
-        and the rows of each expert."""
+        """Tokens and their weights, sorted by expert, with a token of weight zero where a product should have more
+        rows; and the rows of each expert."""
         counts = torch.bincount(experts, minlength=len(self.gate_up))[: len(self.gate_up)].tolist()
         rounded = [_rounded(count) for count in counts]
         num_asked = sum(counts)
@@ -366,11 +328,6 @@ class _Block:
         filled = tokens.new_zeros(sum(rounded)).index_copy_(0, places, tokens[:num_asked])
         return filled, weights.new_zeros(sum(rounded)).index_copy_(0, places, weights[:num_asked]), rounded
 
-    def _experts_of_token(self, normed: torch.Tensor, experts: list[int], weights: torch.Tensor) -> torch.Tensor:
-        activated = self._activated(torch.cat([self.gate_up[expert](normed) for expert in experts]), weights)
-        parts = zip(experts, activated.split(1), strict=True)
-        return torch.cat([self.down[expert](part) for expert, part in parts]).sum(0, keepdim=True)
-
     def _activated(self, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Inputs of the experts' down projections, weighted: there are fewer of them than outputs."""
         gate, up = gate_up.chunk(2, dim=-1)
@@ -378,11 +335,9 @@ class _Block:
 
 
 class _SpareMemory:
-    """
-    Memory of answers that have ended, for the caches of others. Where it is handed back to the system instead, the first
-    write to each page of it is a page fault: that was a tenth of a batch's time in the language model (embedded executor,
-    AMD EPYC). For use by several threads.
-    """
+    """Memory of answers that have ended, for the caches of others. Where it is handed back to the system instead, the
+    first write to each page of it is a page fault: that was a tenth of a batch's time in the language model (embedded
+    executor, AMD EPYC). For use by several threads."""
 
     def __init__(self):
         self._spare: list[torch.Tensor] = []
@@ -404,10 +359,8 @@ class _SpareMemory:
 
 @dataclass
 class _BlockCache:
-    """
-    Keys and values of a block, side by side, `(rows, L, keys and values)`, and the rows of the batch that they are
-    of, `(rows,)`: those whose answers the block takes part in. `rows` is `None` where these are all.
-    """
+    """Keys and values of a block, side by side, `(rows, L, keys and values)`, and the rows of the batch that they are
+    of, `(rows,)`: those whose answers the block takes part in. `rows` is `None` where these are all."""
 
     rows: torch.Tensor | None
     states: torch.Tensor
@@ -426,34 +379,18 @@ class _BlockCache:
             places = positions + torch.arange(len(positions)) * self.states.shape[1]
             self.states.flatten(0, 1).index_copy_(0, places, states)
 
-    def keep(self, entries: torch.Tensor, rows: torch.Tensor | None) -> "_BlockCache":
-        """These entries, `(kept,)`, which are of the batch's rows `rows` from now on."""
-        return _BlockCache(rows, self.states.index_select(0, entries))
-
 
 class _Span:
     """
-    What a block of a prefill runs on: the tokens of some prompts, some of which end with this block, since no other block
-    runs for them. Of those, only the last token is computed to the end.
-
-    Args:
-        lengths (`list[int]`):
-            Lengths of all prompts of the batch, whose tokens lie end to end.
-        rows (`tuple[int, ...]`):
-            The prompts that the block runs for, ascending.
-        ending (`frozenset[int]`):
-            Those of them that end with it.
-        top_k (`torch.Tensor` of shape `(batch size,)`):
-            Experts per token of each prompt of the batch.
+    What a block of a prefill runs on: the tokens of the prompts `rows`, ascending, of a batch whose prompts have
+    `lengths` and lie end to end. Those in `ending` have this block as their last, so only their last token is computed
+    to the end. `top_k` `(batch size,)` are the experts of each prompt of the batch.
 
     Attributes:
-        inputs (`torch.Tensor` or `None`):
-            Places of the prompts' tokens among all, then others' so that a product has the rows that it should have. `None`
-            where they are all there are.
-        written (`torch.Tensor` or `None`):
-            Places of those of them that are computed to the end, with others in the same way, or `None`.
-        top_k (`int` or `torch.Tensor`):
-            Experts of each of these, or of all of them.
+        inputs: Places of the prompts' tokens among all, then others' so that a product has the rows that it should have.
+            `None` where they are all there are.
+        written: Places of those of them that are computed to the end, filled up in the same way, or `None`.
+        top_k: Experts of each of these, or of all of them.
     """
 
     def __init__(self, lengths: list[int], rows: tuple[int, ...], ending: frozenset[int], top_k: torch.Tensor):
@@ -475,7 +412,8 @@ class _Span:
             self.top_k = F.pad(of_rows.repeat_interleave(torch.tensor(num_written)), (0, num_filled), value=1)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal attention within each prompt: of inputs, `(inputs, heads, d)` each, for what is written, `(written, width)`."""
+        """Causal attention within each prompt: of inputs, `(inputs, heads, d)` each, for what is written,
+        `(written, width)`."""
         attended = []
         parts = (states[: self.num_inputs].split(self.lengths) for states in (query, key, value))
         for *states, is_ending in zip(*parts, self.is_ending, strict=True):
@@ -501,9 +439,7 @@ class _Span:
 
 
 class CpuDecoding:
-    """
-    A [`Decoding`] by [`CpuInference`]. Arguments are those of [`Inference.prefill`].
-    """
+    """A [`Decoding`] by [`CpuInference`]. Arguments are those of [`Inference.prefill`]."""
 
     def __init__(
         self,
@@ -516,10 +452,7 @@ class CpuDecoding:
         self._lengths = prompts["attention_mask"].sum(dim=1)  # (B,)
         self._top_k = torch.tensor(top_k)  # (B,)
         self._cache: dict[int, _BlockCache] = {}
-        self._prefill(prompts, active_blocks)
-
-    def _prefill(self, prompts: Mapping[str, torch.Tensor], active_blocks: Sequence[Sequence[int]]) -> None:
-        model = self.inference.model.model
+        model = inference.model.model
         embedded = model.language_model.embed_tokens(prompts["input_ids"])
         embedded = model.place_image_features(embedded, prompts["image_features"], prompts["image_input_idx"])
         # (tokens, width): prompts end to end, without padding, and a few more for a product's sake.
@@ -528,17 +461,17 @@ class CpuDecoding:
         lengths = self._lengths.tolist()
         positions = torch.cat([torch.arange(length) for length in lengths])
         positions = F.pad(positions, (0, len(hidden) - len(positions)))
-        rotations = self.inference.rotations(max(lengths)).index_select(0, positions)[:, None]
+        rotations = inference.rotations(max(lengths)).index_select(0, positions)[:, None]
         spans: dict[tuple, _Span] = {}
         for block in sorted(set().union(*active_blocks)):
             rows = tuple(row for row, blocks in enumerate(active_blocks) if block in blocks)
             ending = frozenset(row for row in rows if active_blocks[row][-1] == block)
             if (rows, ending) not in spans:
                 spans[rows, ending] = _Span(lengths, rows, ending, self._top_k)
-            span, layer = spans[rows, ending], self.inference.blocks[block]
+            span, layer = spans[rows, ending], inference.blocks[block]
             qkv = layer.project(_selected(hidden, span.inputs), _selected(rotations, span.inputs))
             kept = layer.kept(qkv)
-            self._cache[block] = span.cache(kept, len(lengths), self.inference.spare_memory)
+            self._cache[block] = span.cache(kept, len(lengths), inference.spare_memory)
             attended = span.attend(layer.query(qkv), *layer.key_value(kept))
             outputs = layer.finish(_selected(hidden, span.written), attended, span.top_k)
             if span.written is not None:
@@ -583,13 +516,8 @@ class CpuDecoding:
         cache.write(positions, layer.kept(qkv))
         longest = int(positions.max()) + 1 if mask is None else mask.shape[-1]
         key, value = layer.key_value(cache.states[:, :longest])
-        attended = F.scaled_dot_product_attention(
-            layer.query(qkv)[:, :, None],
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            enable_gqa=True,
-        )
+        query, key, value = layer.query(qkv)[:, :, None], key.transpose(1, 2), value.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return layer.finish(hidden, attended.flatten(1), top_k)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -597,7 +525,7 @@ class CpuDecoding:
         place_of = {row: place for place, row in enumerate(rows)}
         for block, cache in list(self._cache.items()):
             if cache.rows is None:
-                self._cache[block] = cache.keep(kept, None)
+                self._cache[block] = _BlockCache(None, cache.states.index_select(0, kept))
                 continue
             entry_of = {row: entry for entry, row in enumerate(cache.rows.tolist()) if row in place_of}
             if not entry_of:
@@ -606,16 +534,15 @@ class CpuDecoding:
             # Entries follow the new order of the rows.
             ordered = sorted(entry_of, key=place_of.get)
             entries = torch.tensor([entry_of[row] for row in ordered])
-            self._cache[block] = cache.keep(entries, _where([row in entry_of for row in rows]))
+            places = None if len(ordered) == len(rows) else torch.tensor([place_of[row] for row in ordered])
+            self._cache[block] = _BlockCache(places, cache.states.index_select(0, entries))
         self._lengths, self._top_k = self._lengths[kept], self._top_k[kept]
         self.logits, self.tokens = self.logits[kept], self.tokens[kept]
 
 
 def _groups(counts: list[int]) -> Iterator[tuple[int, int, int, int]]:
-    """
-    Neighbouring experts with at most `MAX_GROUPED_ROWS` rows together, or one with more: the first of them and the one behind
-    the last, and the same of their rows.
-    """
+    """Neighbouring experts with at most `MAX_GROUPED_ROWS` rows together, or one with more: the first of them and the
+    one behind the last, and the same of their rows."""
     first = start = stop = 0
     for expert, count in enumerate(counts):
         if stop > start and stop + count - start > MAX_GROUPED_ROWS:
@@ -639,11 +566,6 @@ def _selected(states: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
     """Ranges of numbers, one behind the other."""
     return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-
-
-def _where(is_in: list[bool]) -> torch.Tensor | None:
-    """Positions that are true, or `None` for all."""
-    return None if all(is_in) else torch.tensor(is_in).nonzero().flatten()
 
 
 def _filled(places: torch.Tensor) -> torch.Tensor:

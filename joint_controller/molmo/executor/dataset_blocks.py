@@ -17,19 +17,8 @@ def read_importance(
     importance: Mapping[int, float] | str | Path | Mapping[str, str | Path] | None, folder: Path, num_layers: int
 ) -> Mapping[int, float] | BlockSelection | Mapping[str, BlockSelection] | None:
     """
-    Reads the files that importance scores are given as.
-
-    Args:
-        importance (`dict[int, float]`, `str`, `Path` or `dict[str, str | Path]`, *optional*):
-            Scores, a file of them, or a file for each data set. Defaults to `importance.json` in the model's folder, if
-            there is one.
-        folder (`Path`):
-            The model's folder.
-        num_layers (`int`):
-            Blocks of the model.
-
-    Returns:
-        `dict[int, float]`, [`BlockSelection`], `dict[str, BlockSelection]` or `None`: what [`DatasetBlocks`] takes.
+    What [`DatasetBlocks`] takes, of scores, a file of them, or a file for each data set. Defaults to `importance.json`
+    in the model's folder, if there is one.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -53,19 +42,8 @@ def read_importance(
 
 
 class DatasetBlocks:
-    """
-    Says which blocks run for a sample.
-
-    Args:
-        importance (`dict[int, float]`, [`BlockSelection`] or `dict[str, BlockSelection]`, *optional*):
-            Score of each block, or the choice itself, or a choice for each data set, by the beginning of its sample ids,
-            `"default"` for all others. By default, blocks are dropped from the end.
-        num_layers (`int`):
-            Blocks of the model.
-
-    Raises:
-        ValueError: If the scores name a block that the model does not have.
-    """
+    """Says which blocks run for a sample, by the `importance` that [`MolmoExecutor`] takes. A `ValueError` tells of
+    scores that name a block that the model does not have."""
 
     def __init__(
         self,
@@ -81,13 +59,8 @@ class DatasetBlocks:
 
     def active_blocks(self, num_blocks: int, sample_id: str | None = None) -> list[int]:
         """
-        Blocks that run when `num_blocks` do, ascending: see [`BlockSelection`].
-
-        Args:
-            num_blocks (`int`):
-                How many.
-            sample_id (`str`, *optional*):
-                Sample that is answered. Only makes a difference where blocks are chosen by data set.
+        Blocks that run when `num_blocks` do, ascending: see [`BlockSelection`]. The sample only makes a difference
+        where blocks are chosen by data set.
 
         Raises:
             ValueError: If that many cannot run, or there is no choice of blocks for the sample.
@@ -103,12 +76,7 @@ class DatasetBlocks:
         return selection.active_blocks(num_blocks)
 
     def check_counts(self, counts: tuple[int, ...]) -> None:
-        """
-        Refuses numbers of blocks that cannot run.
-
-        Raises:
-            ValueError: If a data set needs more blocks than a number.
-        """
+        """Refuses numbers of blocks that a data set needs more blocks than, by a `ValueError`."""
         for selection in self._selections.values():
             unavailable = [count for count in counts if count not in selection.counts]
             if unavailable:

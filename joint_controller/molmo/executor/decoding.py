@@ -11,19 +11,8 @@ from .inference import Decoding
 
 
 def collate_prompts(encoded: Sequence[EncodedSample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """
-    Inputs of a prefill: prompts padded on the left to length L, features to N a sample.
-
-    Args:
-        encoded (`Sequence[EncodedSample]`):
-            B prompts.
-        pad_token_id (`int`):
-            Id of the padding token.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `(B, L)`, `image_features` `(B, 1, N, hidden)` and
-        `image_input_idx` `(B, 1, N)`.
-    """
+    """Inputs of a prefill of B prompts: `input_ids` and `attention_mask` `(B, L)`, padded on the left;
+    `image_features` `(B, 1, N, hidden)` and `image_input_idx` `(B, 1, N)`."""
     if len(encoded) == 1:  # nothing to pad: a request that is served alone does not wait for that
         [one] = encoded
         return {
@@ -45,20 +34,8 @@ def collate_prompts(encoded: Sequence[EncodedSample], pad_token_id: int) -> dict
 
 
 def finish_answers(decoding: Decoding, eos_token_id: int, max_new_tokens: int) -> list[list[int]]:
-    """
-    Decodes a batch of answers greedily to their ends.
-
-    Args:
-        decoding ([`Decoding`]):
-            The batch, with the first token of each answer.
-        eos_token_id (`int`):
-            Id of the token that ends an answer.
-        max_new_tokens (`int`):
-            Most tokens of an answer.
-
-    Returns:
-        `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
-    """
+    """Decodes a batch greedily on from the first tokens: those of each answer, up to and with the end-of-sequence
+    token, or `max_new_tokens`."""
     rows = list(range(len(decoding.tokens)))  # rows of the batch whose answers have not ended
     answers: list[list[int]] = [[] for _ in rows]
     while True:

@@ -19,32 +19,20 @@ from .memory import do_or_split
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """
-    A prompt whose image has been encoded.
+    """A prompt whose image has been encoded."""
 
-    Args:
-        input_ids (`torch.LongTensor` of shape `(L,)`):
-            Tokens of the prompt, without padding.
-        image_features (`torch.Tensor` of shape `(N, hidden)`):
-            Projected features that enter the sequence; those that overlap and are dropped are not kept.
-        image_input_idx (`torch.LongTensor` of shape `(N,)`):
-            Position of each feature in the prompt.
-        num_views (`int`):
-            Views that the tower encoded: the global one and the crops.
-        vision_tokens (`int`):
-            Tokens that stand for the image: start, patch, column and end tokens.
-    """
-
-    input_ids: torch.LongTensor
-    image_features: torch.Tensor
-    image_input_idx: torch.LongTensor
+    input_ids: torch.LongTensor  # (L,), without padding
+    image_features: (
+        torch.Tensor
+    )  # (N, hidden): those that enter the sequence, none of those that overlap and are dropped
+    image_input_idx: torch.LongTensor  # (N,): position of each feature in the prompt
     num_views: int
     vision_tokens: int
 
     @property
     def num_bytes(self) -> int:
         tensors = (self.input_ids, self.image_features, self.image_input_idx)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -65,23 +53,9 @@ class SampleEncoder:
     """
     Encodes samples, and keeps what it encoded as long as there is room: the same image is asked for at many settings.
 
-    Args:
-        inference ([`Inference`]):
-            Runs tower and connector.
-        process (`Callable[[ExecutorRequest, PIL.Image.Image, str], BatchFeature]`):
-            Gives the model's inputs for a sample, its image and a tier.
-        image_tokens (`torch.LongTensor`):
-            Ids of the tokens that stand for an image.
-        device (`torch.device`):
-            Device of the model.
-        num_workers (`int`):
-            Images that go through the tower at the same time, where they do not share passes.
-        cache_bytes (`int`):
-            Memory for encoded samples; the least recently used go first.
-
-    Attributes:
-        num_bytes (`int`):
-            Memory that the samples that are kept take.
+    `inference` runs tower and connector, `num_workers` images at a time where they do not share passes. `process`
+    gives the model's inputs for a sample, its image and a tier; `image_tokens` are the ids of those that stand for an
+    image. Of what is kept, `num_bytes`, the least recently used goes first where it is more than `cache_bytes`.
     """
 
     def __init__(
@@ -163,8 +137,8 @@ class SampleEncoder:
     def _features_each(
         self, samples: Sequence[ExecutorRequest], tier: str
     ) -> Iterator[tuple[ExecutorRequest, BatchFeature, str, torch.Tensor]]:
-        """As `_features_together`, but each image goes through the tower by itself, since the rounding of a batch may depend
-        on its size, while the next ones are cut in this thread: the tokenizer cannot be used by two."""
+        """As `_features_together`, but each image goes through the tower by itself, since the rounding of a batch may
+        depend on its size, while the next ones are cut in this thread: the tokenizer cannot be used by two."""
         with ThreadPoolExecutor(self.num_workers) as pool:
             waiting: deque[tuple[ExecutorRequest, BatchFeature, str, Future | torch.Tensor]] = deque()
 

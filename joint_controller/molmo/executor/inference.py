@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from .. import MolmoForConditionalGeneration
-from .cpu_inference import CpuInference
 
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Decoding(Protocol):
 
 class Inference(Protocol):
     """
-    One way to compute the stages of a request.
+    One way to compute the stages of a request. By default nothing is padded, mixed, shared or kept.
 
     Attributes:
         prefill_lengths (`Sequence[int]` or `None`):
@@ -59,50 +58,22 @@ class Inference(Protocol):
             Graphs that are kept for requests; `None` where nothing is captured.
     """
 
-    prefill_lengths: Sequence[int] | None
-    mixes_settings: bool
-    prefers_same_settings: bool
-    shares_passes: bool
-    graphs: "GraphPool | None"
+    prefill_lengths: Sequence[int] | None = None
+    mixes_settings: bool = False
+    prefers_same_settings: bool = False
+    shares_passes: bool = False
+    graphs: "GraphPool | None" = None
 
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
-        """
-        Encodes the views of one image.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(1, V, P, 3·patch²)`):
-                Patches of each view, on any device and in any precision.
-            image_masks (`torch.Tensor` of shape `(1, V, P)`):
-                Share of each patch that is not padding.
-
-        Returns:
-            `torch.Tensor` of shape `(V, T, hidden)`.
-        """
+        """Features `(V, T, hidden)` of the views of one image: patches `pixel_values` `(1, V, P, 3·patch²)`, and
+        `image_masks` `(1, V, P)`, the share of each patch that is not padding, on any device and in any precision."""
 
     def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-        """
-        Encodes the views of several images.
-
-        Args:
-            images (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
-                Pixels and masks of each image, as [`~Inference.image_features`] takes them.
-
-        Returns:
-            `list[torch.Tensor]`: features of each image, of shape `(V, T, hidden)`.
-        """
+        """Features of several images, whose pixels and masks are as [`~Inference.image_features`] takes them."""
+        return [self.image_features(*image) for image in images]
 
     def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
-        """
-        Does beforehand what a request needs but once, so that the request itself need not.
-
-        Args:
-            num_views (`int`):
-                Views of its image.
-            length (`int`):
-                Tokens of its prompt.
-            num_blocks (`int`):
-                Blocks that run.
-        """
+        """Does beforehand what a request of these views, prompt tokens and blocks needs but once: here, nothing."""
 
     def prefill(
         self,
@@ -110,34 +81,13 @@ class Inference(Protocol):
         top_k: int | Sequence[int],
         active_blocks: Sequence[int] | Sequence[Sequence[int]],
     ) -> Decoding:
-        """
-        Runs a batch of prompts and gives the first token of each answer.
-
-        Args:
-            prompts (`dict[str, torch.Tensor]`):
-                `input_ids` and `attention_mask` `(B, L)`, padded on the left, `image_features` `(B, 1, N, hidden)` and
-                `image_input_idx` `(B, 1, N)`, as the model's forward takes them.
-            top_k (`int` or `Sequence[int]`):
-                Experts per token, or those of each row where rows may differ.
-            active_blocks (`Sequence[int]` or `Sequence[Sequence[int]]`):
-                Blocks that run, ascending, or those of each row where rows may differ.
-        """
+        """Runs a batch of prompts, as [`~executor.decoding.collate_prompts`] gives them, and gives the first token of
+        each answer. `top_k` and `active_blocks` (ascending) are those of all rows, or where the mode mixes settings,
+        of each."""
 
 
-class PlainInference:
-    """
-    Runs the model's modules as they are.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The model.
-    """
-
-    prefill_lengths = None
-    mixes_settings = False
-    prefers_same_settings = False
-    shares_passes = False
-    graphs = None
+class PlainInference(Inference):
+    """Runs the model's modules as they are."""
 
     def __init__(self, model: MolmoForConditionalGeneration):
         self.model = model
@@ -146,12 +96,6 @@ class PlainInference:
         place = {"device": self.model.device, "dtype": self.model.dtype}
         return self.model.get_image_features(pixel_values.to(**place), image_masks.to(**place))[0]
 
-    def features_of_images(self, images: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-        return [self.image_features(*image) for image in images]
-
-    def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
-        pass  # nothing is kept between requests
-
     def prefill(
         self, prompts: Mapping[str, torch.Tensor], top_k: int, active_blocks: Sequence[int]
     ) -> "PlainDecoding":
@@ -159,9 +103,7 @@ class PlainInference:
 
 
 class PlainDecoding:
-    """
-    A [`Decoding`] by the model's modules. Arguments are those of [`Inference.prefill`].
-    """
+    """A [`Decoding`] by the model's modules. Arguments are those of [`Inference.prefill`]."""
 
     def __init__(
         self,
@@ -203,17 +145,9 @@ Ways to compute a Molmo, by name: `"plain"` runs its modules, anywhere; `"onednn
 
 def load_inference(model: MolmoForConditionalGeneration, mode: str | None = None) -> tuple[str, Inference]:
     """
-    Prepares a model to be computed in a mode.
-
-    Args:
-        model ([`MolmoForConditionalGeneration`]):
-            The model, on its device and in its precision. Its weights must not change afterwards.
-        mode (`str`, *optional*):
-            One of `MODES`. Defaults to `"captured"` on a CUDA device, where Triton is installed and the model is a
-            MolmoE, to `"onednn"` on a CPU in float32, where torch has oneDNN, else to `"plain"`.
-
-    Returns:
-        `tuple[str, Inference]`: The mode, and the model in that mode.
+    Prepares a model, whose weights must not change afterwards, to be computed in a mode: one of `MODES`, by default
+    `"captured"` on a CUDA device, where Triton is installed and the model is a MolmoE, `"onednn"` on a CPU in float32,
+    where torch has oneDNN, else `"plain"`. Gives the mode, and the model in that mode.
 
     Raises:
         ValueError: If there is no such mode, or not for this model.
@@ -221,12 +155,14 @@ def load_inference(model: MolmoForConditionalGeneration, mode: str | None = None
     """
     if mode not in (None, *MODES):
         raise ValueError(f"`mode` is '{mode}': choose one of {list(MODES)}.")
+    # Imported here: they import this file, and the captured mode Triton, which CPU builds of torch come without.
     if mode == "captured" or (mode is None and model.device.type == "cuda" and find_spec("triton") is not None):
-        # Imported here: it imports Triton, which CPU builds of torch come without.
         from .captured import CapturedInference
 
         if mode == "captured" or CapturedInference.supports(model):
             return "captured", CapturedInference(model)
+    from .cpu_inference import CpuInference
+
     if mode == "onednn" or (mode is None and CpuInference.supports(model)):
         return "onednn", CpuInference(model)
     return "plain", PlainInference(model)

@@ -40,19 +40,7 @@ def count_inputs(
 
 
 class MolmoInputCounter:
-    """
-    The [`InputCounter`] of a Molmo.
-
-    Args:
-        config ([`MolmoConfig`]):
-            Configuration of the model.
-        processor ([`MolmoProcessor`]):
-            Its processor.
-        knob_space ([`KnobSpace`]):
-            Settings to count for.
-        max_new_tokens (`int`):
-            Room that is left for an answer.
-    """
+    """The [`InputCounter`] of a Molmo. `max_new_tokens` is the room that is left for an answer."""
 
     count_names = COUNT_NAMES
 

@@ -8,13 +8,8 @@ import torch
 
 
 def do_or_split(work: Callable[[list], list], batch: list, what: str, device: torch.device) -> list[Any]:
-    """
-    What `work` gives for each member of a batch, in two parts if the batch does not fit in the device's memory. `what` names
-    the members in the warning.
-
-    Raises:
-        torch.OutOfMemoryError: If a single member does not fit.
-    """
+    """What `work` gives for each member of a batch, in two parts if the batch does not fit in the device's memory, or
+    an `OutOfMemoryError` if a single member does not. `what` names the members in the warning."""
     try:
         return work(batch)
     except torch.OutOfMemoryError:

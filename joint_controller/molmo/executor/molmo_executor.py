@@ -130,6 +130,12 @@ class MolmoExecutor:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer would end: set `eos_token`.")
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
+        self.device = model.device
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.shape = molmo_shape(model.config)
+        text_config = model.config.text_config
+        self.question_size = self.vision_size = text_config.hidden_size
+        self.max_prompt_tokens: int = text_config.max_position_embeddings - max_new_tokens
         self.mode, self.inference = load_inference(self.model, mode)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -139,7 +145,7 @@ class MolmoExecutor:
         self.encoder = SampleEncoder(
             self.inference, self._process, image_tokens, model.device, num_workers, vision_cache_bytes
         )
-        self._blocks = DatasetBlocks(importance, model.config.text_config.num_hidden_layers)
+        self._blocks = DatasetBlocks(importance, text_config.num_hidden_layers)
         self.knob_space = molmo_knob_space(model.config) if knob_space is None else knob_space
 
     @classmethod
@@ -158,10 +164,8 @@ class MolmoExecutor:
             model_path (`str` or `Path`, *optional*, defaults to `"embedded"`):
                 A model folder, the name of a Hub repository (`org/name`), or `"embedded"` for the executor that ships
                 with the package.
-            device (`str` or `torch.device`, *optional*):
-                Defaults to `"cuda"` where there is one, else `"cpu"`.
-            dtype (`torch.dtype`, *optional*):
-                Precision. Defaults to bfloat16 on a CUDA device, else float32.
+            device (`str` or `torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
+                Default to those of [`default_place`].
             importance (`dict[int, float]`, `str`, `Path` or `dict[str, str | Path]`, *optional*):
                 Scores of the blocks, or the JSON file that holds them (and perhaps searched sets of blocks), or a file for
                 each data set, by the beginning of its sample ids, and `"default"` for all others. Defaults to
@@ -181,36 +185,6 @@ class MolmoExecutor:
         return cls(model, MolmoProcessor.from_pretrained(folder), importance=importance, **kwargs)
 
     # --- what it is -----------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> str:
-        """Precision of the model, e.g. `"bfloat16"`."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """Sizes of the model that its latency depends on."""
-        return molmo_shape(self.model.config)
-
-    @property
-    def question_size(self) -> int:
-        """Width of question features: that of the language model."""
-        return self.model.config.text_config.hidden_size
-
-    @property
-    def vision_size(self) -> int:
-        """Width of vision features: that of the language model."""
-        return self.model.config.text_config.hidden_size
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Longest prompt that leaves room for an answer."""
-        return self.model.config.text_config.max_position_embeddings - self.max_new_tokens
 
     @property
     def prefill_lengths(self) -> Sequence[int] | None:
@@ -265,7 +239,7 @@ class MolmoExecutor:
         return model_digest(self.model)
 
     def active_blocks(self, num_blocks: int, sample_id: str | None = None) -> list[int]:
-        """Blocks that run when `num_blocks` do, ascending: see [`DatasetBlocks.active_blocks`]."""
+        """As [`DatasetBlocks.active_blocks`]."""
         return self._blocks.active_blocks(num_blocks, sample_id)
 
     # --- what it sees ---------------------------------------------------------------------------------------------
@@ -276,12 +250,8 @@ class MolmoExecutor:
 
     @torch.inference_mode()
     def question_features(self, questions: Sequence[str]) -> torch.Tensor:
-        """
-        The mean of the token embeddings of each bare question: `(n, question_size)`, float32, on the executor's device.
-
-        Raises:
-            ValueError: If a question is empty.
-        """
+        """As [`FeatureSource.question_features`]: the mean of the token embeddings of each question. A `ValueError`
+        tells of an empty one."""
         features = []
         for row, question in enumerate(questions):
             ids = self.processor.tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -292,51 +262,25 @@ class MolmoExecutor:
 
     @torch.inference_mode()
     def vision_features(self, requests: Sequence[ExecutorRequest]) -> torch.Tensor:
-        """
-        The mean of the projected features of each request's image that enter the sequence, at the tier of its setting:
-        `(n, vision_size)`, float32, on the executor's device.
-        """
-        positions_of: dict[str, list[int]] = {}
-        for position, request in enumerate(requests):
-            positions_of.setdefault(request.setting["tier"], []).append(position)
+        """As [`FeatureSource.vision_features`]: the mean of the projected features of each image that enter the
+        sequence."""
         features: dict[int, torch.Tensor] = {}
-        for tier, positions in positions_of.items():
+        for tier in dict.fromkeys(request.setting["tier"] for request in requests):
+            positions = [place for place, request in enumerate(requests) if request.setting["tier"] == tier]
             encoded = self.encode([requests[position] for position in positions], tier)
             features.update(zip(positions, (one.vision_features for one in encoded), strict=True))
         return torch.stack([features[position] for position in range(len(requests))])
 
     @torch.inference_mode()
     def encode(self, samples: Sequence[ExecutorRequest], tier: str) -> list[EncodedSample]:
-        """
-        Encodes the images of samples at a tier, each once as long as it is kept.
-
-        Args:
-            samples (`Sequence[ExecutorRequest]`):
-                Samples. Their settings are not looked at.
-            tier (`str`):
-                Tier to encode the images at.
-
-        Returns:
-            `list[EncodedSample]`: One a sample, in order.
-        """
+        """Encodes the images of samples at a tier, whatever their settings, each once as long as it is kept."""
         return self.encoder.encode(samples, tier)
 
     def apply_setting(
         self, request: ExecutorRequest, encoded: EncodedSample
     ) -> tuple[EncodedSample, int, tuple[int, ...]]:
-        """
-        Applies the knobs that stage 2 decides.
-
-        Args:
-            request ([`ExecutorRequest`]):
-                A request at its setting.
-            encoded ([`EncodedSample`]):
-                Its image and question, encoded at its tier.
-
-        Returns:
-            `tuple[EncodedSample, int, tuple[int, ...]]`: what [`~MolmoExecutor.generate`] takes for it: prompt, experts per
-            token, blocks that run.
-        """
+        """Applies the knobs that stage 2 decides to a request whose image and question are encoded at its tier: gives
+        what [`~MolmoExecutor.generate`] takes for it, that is prompt, experts per token, blocks that run."""
         setting = request.setting
         blocks = self.active_blocks(setting["num_blocks"], request.sample_id)
         return encoded, setting["top_k"], tuple(blocks)
@@ -358,11 +302,8 @@ class MolmoExecutor:
         top_k: int | Sequence[int],
         active_blocks: Sequence[int] | Sequence[Sequence[int]],
     ) -> Decoding:
-        """
-        Runs a batch of prompts up to the first token of each answer; [`~MolmoExecutor.generate`] goes on to their ends.
-
-        Args are those of [`~MolmoExecutor.generate`].
-        """
+        """Runs a batch of prompts up to the first token of each answer. Arguments are those of
+        [`~MolmoExecutor.generate`]."""
         prompts = collate_prompts(encoded, self.processor.tokenizer.pad_token_id)
         return self.inference.prefill(prompts, top_k, active_blocks)
 
@@ -373,20 +314,9 @@ class MolmoExecutor:
         top_k: int | Sequence[int],
         active_blocks: Sequence[int] | Sequence[Sequence[int]],
     ) -> list[list[int]]:
-        """
-        Decodes the answers to a batch of prompts greedily.
-
-        Args:
-            encoded (`Sequence[EncodedSample]`):
-                Prompts, of any length.
-            top_k (`int` or `Sequence[int]`):
-                Experts per token. Where the mode mixes settings, each prompt may have its own.
-            active_blocks (`Sequence[int]` or `Sequence[Sequence[int]]`):
-                Blocks that run, ascending. Where the mode mixes settings, each prompt may have its own.
-
-        Returns:
-            `list[list[int]]`: Tokens of each answer, up to and with the end-of-sequence token, or `max_new_tokens`.
-        """
+        """Decodes the answers to a batch of prompts greedily: gives the tokens of each answer, up to and with the
+        end-of-sequence token, or `max_new_tokens`. The experts per token and the blocks that run, ascending, are those
+        of all prompts, or where the mode mixes settings, of each."""
         decoding = self.start(encoded, top_k, active_blocks)
         return finish_answers(decoding, self.processor.tokenizer.eos_token_id, self.max_new_tokens)
 
@@ -400,11 +330,9 @@ class MolmoExecutor:
         on_batch: Callable[[list[ExecutorOutput]], None] | None = None,
         progress: bool = False,
     ) -> list[ExecutorOutput]:
-        """
-        Answers requests in batches: of any settings, or, in the mode `"plain"`, of one setting each. An answer does not
-        depend on the other requests (in float32; bfloat16 kernels round differently for different batch shapes, so that a
-        near tie may fall either way). Arguments are those of [`Executor.run`].
-        """
+        """As [`Executor.run`], in batches: of any settings, or, in the mode `"plain"`, of one setting each. An answer
+        does not depend on the other requests (in float32; bfloat16 kernels round differently for different batch
+        shapes, so that a near tie may fall either way)."""
         for request in requests:
             self._check_setting(request)
         outputs: dict[int, ExecutorOutput] = {}
@@ -425,10 +353,7 @@ class MolmoExecutor:
         decode_steps: int | None = None,
         controller: "RequestController | None" = None,
     ) -> StageTimes:
-        """
-        Times the stages of one request at batch 1 in one pass, image processing included. Nothing that was encoded before
-        is used. Arguments are those of [`Executor.time_request`].
-        """
+        """As [`Executor.time_request`], in one pass, image processing included."""
         self._check_setting(request)
         return time_request(self, request, repeats, warmup, decode_steps, controller)
 
@@ -441,8 +366,8 @@ class MolmoExecutor:
 
 
 def default_place(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """The device asked for, else `"cuda"` where there is one, else `"cpu"`; and its precision: bfloat16 on a CUDA device,
-    float32 on a CPU, if none is asked for."""
+    """The device asked for, else `"cuda"` where there is one, else `"cpu"`; and its precision: if none is asked for,
+    bfloat16 on a CUDA device, float32 on a CPU."""
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -20,25 +20,11 @@ def random_executor(
     seed: int = 42,
     **kwargs: Any,
 ) -> MolmoExecutor:
-    """
-    An executor with random weights, made on its device. It answers nonsense, in the time that a trained one takes; its
-    tokenizer knows words only.
-
-    Args:
-        config ([`MolmoConfig`]):
-            Sizes.
-        device (`str` or `torch.device`, *optional*):
-            Defaults to `"cuda"` where there is one, else `"cpu"`.
-        dtype (`torch.dtype`, *optional*):
-            Precision. Defaults to bfloat16 on a CUDA device, else float32.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the weights.
-        kwargs:
-            Further arguments of [`MolmoExecutor`].
-    """
+    """An executor of these sizes with random weights, made on its device. It answers nonsense, in the time that a
+    trained one takes; its tokenizer knows words only. Defaults of device and precision are those of
+    [`MolmoExecutor.from_pretrained`]; `kwargs` are further arguments of [`MolmoExecutor`]."""
     device, dtype = default_place(device, dtype)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.device(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         model = MolmoForConditionalGeneration._from_config(config, dtype=dtype)
     return MolmoExecutor(model, random_processor(config), **kwargs)

@@ -87,6 +87,7 @@ def test_the_search_is_compared_on_another_split_and_can_be_used(tmp_path, capsy
     table = json.loads((folder / "comparison.json").read_text())
     assert table["provenance"]["dataset_split"] == "test" and table["provenance"]["searched_on"] == "validation"
     rows = {(row["dataset"], row["num_blocks"], row["selection"]): row for row in table["rows"]}
+    assert set(table["full_accuracy"]) == {"all", "easy_vqa", "scenes"}
     selections = ("search", "accuracy drop", "hidden change", "prefix", "random")
     assert set(rows) == {(d, n, s) for d in ("all", "easy_vqa", "scenes") for n in (6, 7) for s in selections}
     sets = load_block_sets(folder / "searched_blocks.json")
