@@ -125,6 +125,9 @@ class OutcomeSource(Protocol):
         them.
         """
 
+    def reload(self) -> None:
+        """Sees what other processes have kept meanwhile."""
+
     def check_processes(self, num_processes: int) -> None:
         """
         Refuses to serve several processes where they cannot share outcomes.
@@ -409,6 +412,11 @@ class OutcomeCollector:
                 self.store.reload()
         return self.collect(samples, settings)
 
+    def reload(self) -> None:
+        """As [`OutcomeSource.reload`]: a store in memory has no others to see."""
+        if self.store.path is not None:
+            self.store.reload()
+
     def check_processes(self, num_processes: int) -> None:
         if num_processes > 1 and self.store.path is None:
             raise ValueError(
@@ -463,6 +471,9 @@ class RecordedOutcomes:
     def collect_together(self, samples: Sequence[Mapping[str, Any]], settings: Sequence[KnobSetting]) -> list[Outcome]:
         """As [`OutcomeSource.collect_together`]: each process has the whole record."""
         return self.collect(samples, settings)
+
+    def reload(self) -> None:
+        """Nothing to see: a record does not grow."""
 
     def check_processes(self, num_processes: int) -> None:
         """Nothing to refuse: each process has the whole record."""

@@ -303,3 +303,15 @@ def test_bad_input_is_refused(executor, samples, tmp_path):
         collector.collect([samples[0], {**samples[1], "answers": []}], [SETTING, SETTING])
     with pytest.raises(ValueError, match="the store keeps outcomes of executor another"):
         OutcomeCollector(executor, OutcomeStore(None, "another", SPACE), score)
+
+
+def test_what_another_process_has_answered_is_not_run_again_after_a_reload(executor, samples, tmp_path):
+    first, second = (
+        OutcomeCollector(executor, OutcomeStore(tmp_path, executor.fingerprint, SPACE), score) for _ in range(2)
+    )
+    known = first.collect([samples[0]], [SETTING])
+    second.reload()
+    assert second.collect([samples[0]], [SETTING]) == known and second.num_executed == 0
+    in_memory = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint, SPACE), score)
+    in_memory.reload()
+    assert len(in_memory.store) == 0

@@ -173,3 +173,11 @@ def test_a_controller_is_taken_from_the_hub_by_its_name(controller_path, monkeyp
     )
     assert JointPipeline.from_pretrained("somebody/controller").latency_estimator.config.held_out
     assert asked == ["somebody/controller"]
+
+
+def test_a_broken_stage_1_is_refused_in_one_line(controller_path, tmp_path):
+    weights = load_file(controller_path / "model.safetensors")
+    weights["stage1.heads.0.bias"][0] = float("nan")
+    broken = broken_copy(controller_path, tmp_path / "broken", lambda path: save_file(weights, path, {"format": "pt"}))
+    with pytest.raises(ValueError, match="holds weights that are not finite"):
+        JointControllerModel.from_pretrained(controller_path).load_stage1(broken)

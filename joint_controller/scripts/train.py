@@ -260,6 +260,7 @@ def _precompute_outcomes(outcomes: "OutcomeSource", train_dataset: "Dataset"):
     every_sample = [sample for sample in samples for _ in settings]
     outcomes.collect(every_sample, settings * len(samples), progress=state.is_main_process)
     state.wait_for_everyone()
+    outcomes.reload()  # else each process would answer the others' share again
 
 
 def _sweep_budgets(

@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +21,9 @@ from joint_controller import (
     JointControllerModel,
     JointGRPOTrainer,
     JointPipeline,
+    Knob,
     KnobSetting,
+    KnobSpace,
     LatencyEstimatorConfig,
     LatencyEstimatorModel,
 )
@@ -27,7 +31,7 @@ from joint_controller.cli import main
 from joint_controller.evaluation.sweep import SWEEP_FILE
 from joint_controller.executor import executor_shape
 from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE
-from joint_controller.scripts.training_console import likeliest_by_budget
+from joint_controller.scripts.training_console import TrainingConsole, likeliest_by_budget
 
 
 ROWS = 24
@@ -293,6 +297,48 @@ def test_a_pipe_gets_one_line_for_each_logged_step_and_evaluation(recipe, capsys
             line,
         )
     assert not any(line.startswith("{") or "'loss'" in line for line in lines)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_one_line_of_progress_and_a_row_for_each_evaluation(monkeypatch):
+    terminal, rows = Terminal(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdout", rows)
+    space = KnobSpace([Knob("tier", ("low", "high"), stage=1), Knob("depth", (1, 2), stage=2)])
+    decisions = [(float(budget), space.full if budget > 3 else space.cheapest) for budget in range(6)]
+    console = TrainingConsole(SimpleNamespace(knob_space=space, evaluation_decisions=decisions))
+    args = SimpleNamespace(disable_tqdm=False)
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=0)
+    metrics = {"reward": 0.5, "accuracy": 0.75, "latency_ms": 12.34, "budget_violation_rate": 0.125, "entropy": 1.5}
+    console.on_train_begin(args, state, None)
+    console.on_evaluate(args, state, None, metrics={f"eval_{name}": value for name, value in metrics.items()})
+    state.global_step = 2
+    console.on_step_end(args, state, None)
+    console.on_log(args, state, None, logs=metrics)
+    console.on_evaluate(args, state, None, metrics={f"eval_{name}": value for name, value in metrics.items()})
+    console.on_train_end(args, state, None)
+    assert "2/4" in terminal.getvalue() and "accuracy 0.750, latency 12.3 ms, violations 12.5%" in terminal.getvalue()
+    table = [line.split() for line in rows.getvalue().splitlines() if line.strip() and "Last columns" not in line]
+    assert table[0][:3] == ["step", "reward", "accuracy"] and len(table) == 3
+    values = ["0.500", "0.750", "12.3", "ms", "12.5%", "1.50", "low·1", "low·1", "high·2"]
+    assert table[1:] == [["0", *values], ["2", *values]]
+
+
+def test_bars_of_libraries_are_not_shown_for_work_of_moments():
+    """tqdm reads the variable when it is imported: it must be set before."""
+    code = "import joint_controller.scripts, io; from tqdm import tqdm; print(tqdm(total=1, file=io.StringIO()).delay)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(shown.stdout) == 2
+
+
+def test_a_sweep_on_the_samples_that_static_settings_are_chosen_on_is_refused(tmp_path, capsys):
+    flags = ["--controller_path", "any", "--output_dir", str(tmp_path / "sweep"), "--dataset_split", "train[:50%]"]
+    assert main(["sweep", *flags]) == 2
+    assert "`dataset_split` is 'train[:50%]', but static settings are chosen on 'train'" in capsys.readouterr().err
 
 
 def test_likeliest_knobs_are_those_of_each_third_of_the_budgets():
