@@ -198,7 +198,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
         trainer.remove_callback(callback)
     trainer.add_callback(TrainingConsole(trainer))
     if script_args.precompute_outcomes:
-        _precompute_outcomes(outcomes, setup.train_dataset)
+        precompute_outcomes(outcomes, setup.train_dataset)
     trainer.train(resume_from_checkpoint=resume)
     # Not pushed to the Hub before there are results to show.
     trainer.save_model(str(output_dir), _internal_call=True)
@@ -246,7 +246,7 @@ def _log_to_file(path: Path, is_main_process: bool):
     logger.propagate = False
 
 
-def _precompute_outcomes(outcomes: "OutcomeSource", train_dataset: "Dataset"):
+def precompute_outcomes(outcomes: "OutcomeSource", train_dataset: "Dataset"):
     """Fills the store; every process answers its share of the samples."""
     from accelerate import PartialState
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from formula_world import ColumnRecorder, make_trainer
+from formula_world import SPACE, ColumnRecorder, make_trainer
 
 
 # Two processes of 12 rows: groups of 8 are cut where one process's rows end and the other's begin.
@@ -36,10 +36,10 @@ with open(f"{folder}/process_{trainer.accelerator.process_index}.json", "w") as 
 """
 
 
-@pytest.mark.slow
-def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
+def launch_two(text, tmp_path):
+    """Runs a program in two processes, each of which writes `process_<index>.json` to the folder that it is given."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(text)
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, tmp_path],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -48,7 +48,34 @@ def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
         timeout=240,
     )
     assert launched.returncode == 0, launched.stderr
-    first, second = (json.loads((tmp_path / f"process_{index}.json").read_text()) for index in range(2))
+    return [json.loads((tmp_path / f"process_{index}.json").read_text()) for index in range(2)]
+
+
+PRECOMPUTE = """
+import json, sys
+from accelerate import PartialState
+from formula_world import make_collector, make_dataset
+from joint_controller.scripts.train import precompute_outcomes
+
+state = PartialState(cpu=True)
+outcomes = make_collector(sys.argv[1] + "/outcomes")
+precompute_outcomes(outcomes, make_dataset(7))
+result = {"num_executed": outcomes.num_executed, "num_outcomes": len(outcomes.store)}
+with open(f"{sys.argv[1]}/process_{state.process_index}.json", "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_answer_their_shares_ahead_and_know_those_of_the_other(tmp_path):
+    results = launch_two(PRECOMPUTE, tmp_path)
+    assert [result["num_executed"] for result in results] == [4 * len(SPACE), 3 * len(SPACE)]
+    assert [result["num_outcomes"] for result in results] == [7 * len(SPACE)] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
+    first, second = launch_two(PROGRAM, tmp_path)
     assert first["digest"] == second["digest"]
     assert first["best"] == second["best"]
     assert first["num_executed"] and second["num_executed"]
