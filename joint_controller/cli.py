@@ -50,6 +50,11 @@ COMMANDS = {
         "fit a latency estimator to profiled times",
         "--profile outputs/profile --output_dir outputs/latency",
     ),
+    "check-latency": Command(
+        "joint_controller.scripts.check_latency",
+        "compare a latency estimator with this machine's clock, and adapt it if it is off",
+        "--controller_path outputs/easy_vqa",
+    ),
     "import-results": Command(
         "joint_controller.original_scripts.import_results",
         "import results of the original profiling scripts: outcomes and times to learn from",
@@ -74,6 +79,11 @@ COMMANDS = {
         "joint_controller.benchmarks.controller",
         "time the controller for single requests against its modules",
         "--num_requests 500",
+    ),
+    "bench image-processing": Command(
+        "joint_controller.benchmarks.image_processing",
+        "time cutting images into views against torch's own interpolation",
+        "--repeats 30",
     ),
     "bench training": Command(
         "joint_controller.benchmarks.training",

@@ -8,6 +8,15 @@ from transformers import CLIPVisionConfig, OlmoeConfig
 
 REPOSITORY = Path(__file__).parents[1]
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is kept per machine is kept for the tests alone, also by the commands that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JOINT_CONTROLLER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 # Without a GPU, Triton's kernels are interpreted: to be asked for before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

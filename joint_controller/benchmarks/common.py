@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers.hf_argparser import HfArg
 
 from ..executor import RANDOM_PREFIX, StageTimes, load_executor
-from ..latency.profiling import device_name
+from ..latency.way_of_running import device_name, library_versions
 from ..molmo.executor import MolmoExecutor
 
 
@@ -115,7 +115,7 @@ def open_executors(
 
 
 def first_token_ms(times: StageTimes) -> float:
-    """From the cut image to the first token: image processing is left out."""
+    """From the cut image to the first token: tower and prefill."""
     return times.stage_ms["vision"] + times.stage_ms["llm_prefill"]
 
 
@@ -126,7 +126,7 @@ def answer_ms(times: StageTimes) -> float:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What numbers were measured on, for the results."""
-    return {"device_name": device_name(device), "torch_version": torch.__version__}
+    return {"device_name": device_name(device), "library_versions": library_versions()}
 
 
 def own_memory_mb() -> float:

@@ -23,8 +23,9 @@ from transformers.hf_argparser import HfArg
 from ..controller import JointControllerConfig, JointControllerModel, RequestController
 from ..data import load_vqa_dataset
 from ..executor import EMBEDDED, ExecutorRequest, executor_shape, load_executor, load_input_counter
+from ..request_path import RequestPath
 from ..scripts import ScriptParser, run_script
-from .common import DeviceBenchArguments, answer_ms, check_at_least, machine, make_table, use_threads, write_results
+from .common import DeviceBenchArguments, check_at_least, machine, make_table, use_threads, write_results
 
 
 MOLMOE_HIDDEN_SIZE = 2048
@@ -69,7 +70,7 @@ def main(args: BenchControllerArguments) -> None:
 def _full_setting_ms(seed: int) -> float:
     executor = load_executor(EMBEDDED, "cpu", max_new_tokens=2)
     [sample] = load_vqa_dataset("scenes", "test", 1, seed)
-    return answer_ms(executor.time_request(ExecutorRequest.of(sample, executor.knob_space.full)))
+    return RequestPath(executor).time(ExecutorRequest.of(sample, executor.knob_space.full)).total_ms
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ joint-controller bench executor
 ```
 
 By default, on a GPU the executor has the sizes of MolmoE-1B and random weights, which are made there; on a CPU it is the
-one that ships with the package. Image processing is not in any number.
+one that ships with the package. Image processing is in the rows "by the clock" alone.
 """
 
 import statistics
@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.hf_argparser import HfArg
 
-from ..executor import EMBEDDED, ExecutorRequest
-from ..executor.stage_clock import StageClock
+from ..executor import EMBEDDED, ExecutorRequest, StageClock
 from ..knobs import KnobSetting
+from ..latency.profiling import path_to_measure
 from ..molmo import MolmoConfig
 from ..molmo.executor import MolmoExecutor
 from ..molmo.shape import molmo_shape
+from ..request_path import RequestPath
 from ..scripts import ScriptParser, run_script
 from .common import (
     ExecutorBenchArguments,
@@ -47,7 +48,7 @@ from .executor_checks import (
     measure_grid,
     measure_memory,
 )
-from .requests import RememberingProcessor, RequestMaker
+from .requests import RequestMaker, remember_images
 
 
 BATCHED_RUNS = 3
@@ -139,7 +140,6 @@ def _measure(args: BenchExecutorArguments, device: torch.device) -> None:
     options = {name: vars(args)[name] for name in ("batch_size", "max_batch_tokens", "num_workers", "max_new_tokens")}
     executor, stock = open_executors(args.model_path, device, args.seed, options, options)
     console.print(f"{args.model_path} is on {device} after {time.perf_counter() - started:.0f} s.")
-    executor.processor = stock.processor = RememberingProcessor(executor.processor)
     bench = _Bench(args, executor, stock)
     results: dict[str, Any] = {
         **machine(device),
@@ -156,6 +156,8 @@ def _measure(args: BenchExecutorArguments, device: torch.device) -> None:
 
     rows = bench.single_requests() + bench.batches()
     keep("rows", rows, _format_rows(rows, results))
+    by_the_clock = bench.whole_requests()
+    keep("whole_requests", by_the_clock, _format_whole_requests(by_the_clock))
     if args.grid_repeats:
         grid = measure_grid(executor, bench.maker, args.grid_repeats, args.max_new_tokens - 1)
         keep("grid", grid, format_grid(grid))
@@ -211,11 +213,10 @@ class _Bench:
 
         def median_ms(work) -> float:
             clock = StageClock(self.executor.device)
-            clock.mark()
             for _ in range(8):
                 work()
-                clock.mark()
-            return statistics.median(clock.stages_ms()[3:])
+                clock.mark("work")
+            return statistics.median(clock.stop("end")["work"][3:])
 
         return 2 * side**3 / median_ms(lambda: a @ b), 2 * size / median_ms(lambda: one.copy_(other))
 
@@ -244,7 +245,7 @@ class _Bench:
     # --- single requests ------------------------------------------------------------------------------------------
 
     def _time(self, executor: MolmoExecutor, request: ExecutorRequest, repeats: int) -> dict[str, float]:
-        times = executor.time_request(request, repeats, warmup=2, decode_steps=self.args.max_new_tokens - 1)
+        times = RequestPath(executor).time(request, repeats, warmup=2, decode_steps=self.args.max_new_tokens - 1)
         return {FIRST_TOKEN: first_token_ms(times), DECODE: statistics.median(times.decode_ms)}
 
     def _time_stock(self, request: ExecutorRequest, repeats: int) -> dict[str, float]:
@@ -267,17 +268,18 @@ class _Bench:
         clock = StageClock(self.stock.device)
         with use_experts(self.stock, "batched_mm"), torch.inference_mode():
             for _ in range(repeats * (self.args.max_new_tokens - 1) + 2):
-                clock.mark()
                 decoding.step()
-            clock.mark()
-        return statistics.median(clock.stages_ms()[2:])
+                decoding.tokens.tolist()  # as in serving, a token is read before the next one
+                clock.mark(DECODE)
+        return statistics.median(clock.stop("end")[DECODE][2:])
 
     def _stock_answer_ms(self, request: ExecutorRequest, num_tokens: int) -> float:
         """An answer of a number of tokens by transformers' modules, with the better implementation of experts for it."""
         ways = []
         for implementation in self.stock_experts:
             with use_experts(self.stock, implementation):
-                ways.append(answer_ms(self.stock.time_request(request, 1, warmup=2, decode_steps=num_tokens - 1)))
+                times = RequestPath(self.stock).time(request, 1, warmup=2, decode_steps=num_tokens - 1)
+                ways.append(answer_ms(times))
         return min(ways)
 
     def single_requests(self) -> list[dict[str, Any]]:
@@ -306,20 +308,46 @@ class _Bench:
             setting = (full, cheapest)[turn // 2 % 2]
             blocks = self.executor.active_blocks(setting["num_blocks"])
             clock = StageClock(self.executor.device)
-            clock.mark()
             self.executor.start([encoded], setting["top_k"], blocks)
-            clock.mark()
+            [prefill_ms] = clock.stop("prefill")["prefill"]
             if turn >= 4:  # before that, captures
-                times.setdefault((setting, turn % 2 == 0), []).extend(clock.stages_ms())
+                times.setdefault((setting, turn % 2 == 0), []).append(prefill_ms)
         return statistics.fmean(
             statistics.median(times[setting, True]) - statistics.median(times[setting, False])
             for setting in (full, cheapest)
         )
 
+    def whole_requests(self) -> list[dict[str, Any]]:
+        """
+        Image to first token by the host's clock, all included (an untrained controller and the guardrail, too), and what
+        of it is tower and prefill.
+        """
+        path = path_to_measure(self.executor)
+        rows = []
+        for case in dict.fromkeys(replace(case, stage=FIRST_TOKEN) for case in self.cases):
+            request = self._request(case)
+            measured: dict[str, list[float]] = {}
+            for turn in range(2 + self.args.repeats):
+                started = time.perf_counter()
+                times = path.time(request, repeats=1, warmup=0, decode_steps=0)
+                clock_ms = 1000 * (time.perf_counter() - started)
+                if turn >= 2:  # before that, first uses
+                    parts = {**times.stage_ms, "by the clock": clock_ms, "model": first_token_ms(times)}
+                    for part, ms in parts.items():
+                        measured.setdefault(part, []).append(ms)
+            medians = {part: statistics.median(values) for part, values in measured.items()}
+            what = "{views} views, top_k {top_k}, {num_blocks} blocks".format(views=1 + case.num_crops, **case.setting)
+            rows.append({"what": what, **medians, "ratio": medians["by the clock"] / medians["model"]})
+        return rows
+
     # --- batches --------------------------------------------------------------------------------------------------
 
     def batches(self) -> list[dict[str, Any]]:
         """Rows of the table about batches."""
+        with remember_images(self.executor, self.stock):
+            return self._batches()
+
+    def _batches(self) -> list[dict[str, Any]]:
         requests = self.maker.mixed(self.args.num_requests, self.args.num_requests, "batched")
         outputs = self.executor.run(requests)  # first uses
         stock = range(0, len(requests), max(1, len(requests) // self.args.num_stock_requests))
@@ -360,7 +388,7 @@ def _row(
 
 def _format_rows(rows: list[dict[str, Any]], results: dict[str, Any]) -> Table:
     table = make_table(
-        "{model_path} in {precision} on {device_name}, torch {torch_version}, mode {mode}".format(**results),
+        "{model_path} in {precision} on {device_name}, mode {mode}, {library_versions}".format(**results),
         ("", "transformers", "ours", "floor"),
         caption="floor: bytes or arithmetic alone, at the rates of this device",
     )
@@ -368,6 +396,15 @@ def _format_rows(rows: list[dict[str, Any]], results: dict[str, Any]) -> Table:
         table.add_row(
             row["what"], *("" if row[key] is None else f"{row[key]:.2f}" for key in ("stock", "ours", "floor"))
         )
+    return table
+
+
+def _format_whole_requests(rows: list[dict[str, Any]]) -> Table:
+    columns = [column for column in rows[0] if column not in ("what", "model", "ratio")]
+    headings = (column.replace("_", " ") for column in columns)
+    table = make_table("Image in memory to first token (ms)", ("", *headings, "vision + prefill", "ratio"))
+    for row in rows:
+        table.add_row(row["what"], *(f"{row[key]:.2f}" for key in (*columns, "model", "ratio")))
     return table
 
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..executor import ExecutorRequest
 from ..knobs import KnobSetting, KnobSpace
 from ..molmo.executor import MolmoExecutor
+from ..request_path import RequestPath
 from .common import answer_ms, make_table, own_memory_mb, use_experts
 from .requests import RequestMaker
 
@@ -298,9 +299,11 @@ def measure_grid(executor: MolmoExecutor, maker: RequestMaker, repeats: int, dec
         setting = KnobSetting({**executor.knob_space.full, "tier": tier})
         requests[tier] = maker.make(f"grid/{tier}", setting, maker.crops_of(tier)[-1], 0, seed=7)
 
+    path = RequestPath(executor)
+
     def time_ms(setting: KnobSetting, warmup: int = 0) -> float:
         request = replace(requests[setting["tier"]], setting=setting)
-        return answer_ms(executor.time_request(request, repeats=1, warmup=warmup, decode_steps=decode_steps))
+        return answer_ms(path.time(request, repeats=1, warmup=warmup, decode_steps=decode_steps))
 
     for setting in executor.knob_space:
         time_ms(setting, warmup=1)

@@ -1,6 +1,8 @@
 """Requests that benchmarks ask an executor: images of a number of crops, questions of a number of tokens."""
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +11,8 @@ from PIL import Image
 
 from ..executor import ExecutorRequest
 from ..knobs import KnobSetting
-from ..molmo import MolmoProcessor
 from ..molmo.executor import MolmoExecutor
+from ..molmo.executor.encoding import PreparedSample
 from ..molmo.knob_space import tier_crops_of
 
 
@@ -18,22 +20,29 @@ LONGER_SIDE = 640
 """Longer side of the images, in pixels, as photographs of VQA data sets have it."""
 
 
-class RememberingProcessor:
-    """A processor that processes each image once: what it takes is in no number of a benchmark of the executor."""
+@contextmanager
+def remember_images(*executors: MolmoExecutor) -> Iterator[None]:
+    """Lets executors cut each image once: what that takes is in no number of a benchmark of batches."""
+    prepared: dict[tuple, tuple[Any, Any]] = {}
+    usual = [executor.encoder.prepare for executor in executors]
 
-    def __init__(self, processor: MolmoProcessor):
-        self._processor = processor
-        self._processed: dict[tuple, tuple[Any, Any]] = {}
+    def remembering(prepare: Callable[..., PreparedSample]) -> Callable[..., PreparedSample]:
+        def prepare_once(sample: ExecutorRequest, image: Image.Image, tier: str) -> PreparedSample:
+            key = (id(image), sample.question, sample.style, tier)
+            if key not in prepared:
+                # The image is kept, too: as long as it lives, no other one has its id.
+                prepared[key] = image, prepare(sample, image, tier)
+            return prepared[key][1]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor, name)
+        return prepare_once
 
-    def __call__(self, images: Image.Image, text: str, tier: str, **kwargs: Any) -> Any:
-        key = (id(images), text, tier)
-        if key not in self._processed:
-            # The image is kept, too: as long as it lives, no other one has its id.
-            self._processed[key] = images, self._processor(images=images, text=text, tier=tier, **kwargs)
-        return self._processed[key][1]
+    for executor in executors:
+        executor.encoder.prepare = remembering(executor.encoder.prepare)
+    try:
+        yield
+    finally:
+        for executor, prepare in zip(executors, usual, strict=True):
+            executor.encoder.prepare = prepare
 
 
 class RequestMaker:
@@ -43,6 +52,7 @@ class RequestMaker:
     """
 
     def __init__(self, executor: MolmoExecutor, seed: int):
+        self.executor = executor
         self.processor = executor.processor
         self.knob_space = executor.knob_space
         self.tier_crops = tier_crops_of(executor.knob_space)
@@ -69,8 +79,8 @@ class RequestMaker:
         pixels = np.random.default_rng([self.seed, seed]).integers(0, 256, (*size, 3), dtype=np.uint8)
         # A question of one word, and then as many more as are missing.
         tokens = self.processor.count_vision_tokens(*size, tier=setting["tier"], tier_crops=self.tier_crops)
-        prompt = self.processor.tokenizer(self.processor.format_prompt("a", "vqa2"), add_special_tokens=False)
-        count = 1 + max(num_tokens - 1 - tokens - len(prompt["input_ids"]), 4 if num_tokens == 0 else 0)
+        prompt_ids = self.processor.prompt_ids("a", "vqa2")
+        count = 1 + max(num_tokens - 1 - tokens - len(prompt_ids), 4 if num_tokens == 0 else 0)
         question = " ".join(random.Random(f"{self.seed}/{seed}").choices(self._words, k=count))
         return ExecutorRequest(sample_id, Image.fromarray(pixels), question, "vqa2", setting)
 
@@ -93,8 +103,8 @@ class RequestMaker:
 
     def mixed(self, count: int, num_samples: int, name: str) -> list[ExecutorRequest]:
         """
-        Requests of random settings about samples with random images, of as many crops as their tiers allow. Their images
-        have been processed. Samples of another name are others.
+        Requests of random settings about samples with random images, of as many crops as their tiers allow. Where the
+        executor remembers images, theirs have been cut. Samples of another name are others.
         """
         draw = random.Random(f"{self.seed}/{name}")
         settings = list(self.knob_space)
@@ -109,5 +119,5 @@ class RequestMaker:
                 made[key] = self.make(f"{name}/{sample}", setting, number, 0, seed=1000 + sample)
             requests.append(replace(made[key], setting=setting))
         for (_, tier), one in made.items():
-            self.processor(images=one.image, text=one.question, style=one.style, tier=tier, tier_crops=self.tier_crops)
+            self.executor.encoder.prepare(one, one.image, tier)
         return requests

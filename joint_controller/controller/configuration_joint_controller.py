@@ -50,6 +50,8 @@ class JointControllerConfig(PreTrainedConfig):
 
         rewards (`dict[str, float]`, *optional*):
             Weight of each reward function (by name, or by dotted path if it is not one of this package's).
+        max_new_tokens (`int`, *optional*):
+            Most tokens of the executor's answers in training, the end-of-sequence token included.
 
     Raises:
         ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs` or
@@ -81,6 +83,7 @@ class JointControllerConfig(PreTrainedConfig):
     projection_size: int = 32
     hidden_size: int = 64
     rewards: dict[str, float] | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

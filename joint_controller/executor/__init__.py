@@ -1,7 +1,17 @@
 """What an executor is: its interface, what it is asked and answers, and how the one of a checkpoint is found."""
 
-from .costs import DECODE, CostModel, StageCost, StageTerms
-from .executor import Executor, FeatureSource, InputCounter
+from .costs import (
+    CONTROLLER,
+    DECODE,
+    LATENCY_SCOPES,
+    MODEL_SCOPE,
+    OVERHEAD,
+    REQUEST_SCOPE,
+    CostModel,
+    StageCost,
+    StageTerms,
+)
+from .executor import Executor, FeatureSource, InputCounter, OpenRequest
 from .families import (
     EMBEDDED,
     RANDOM_PREFIX,
@@ -15,12 +25,18 @@ from .families import (
     register_executor_family,
 )
 from .requests import ExecutorOutput, ExecutorRequest, StageTimes
+from .stage_clock import StageClock
 
 
 __all__ = [
+    "CONTROLLER",
     "DECODE",
     "EMBEDDED",
+    "LATENCY_SCOPES",
+    "MODEL_SCOPE",
+    "OVERHEAD",
     "RANDOM_PREFIX",
+    "REQUEST_SCOPE",
     "CostModel",
     "Executor",
     "ExecutorFamily",
@@ -28,6 +44,8 @@ __all__ = [
     "ExecutorRequest",
     "FeatureSource",
     "InputCounter",
+    "OpenRequest",
+    "StageClock",
     "StageCost",
     "StageTerms",
     "StageTimes",

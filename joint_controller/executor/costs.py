@@ -12,6 +12,19 @@ from ..knobs import KnobSetting
 DECODE = "decode"
 """Name of the stage that gives each output token after the first."""
 
+OVERHEAD = "overhead"
+"""Name of what a request costs besides its other stages: checking, tokenizing, counting, detokenizing, bookkeeping."""
+
+CONTROLLER = "controller"
+"""Name of the controller's share: both stages, the features that they read, and which settings fit."""
+
+REQUEST_SCOPE, MODEL_SCOPE = "request", "model"
+LATENCY_SCOPES = (REQUEST_SCOPE, MODEL_SCOPE)
+"""
+What counts as the latency of a request: `"request"`, all that it costs by the clock, from the call with an image in memory to
+the answer; `"model"`, the stages of the model alone.
+"""
+
 
 @dataclass(frozen=True)
 class StageCost:
@@ -23,10 +36,14 @@ class StageCost:
             Names of the physical terms that it is a sum of, e.g. `("constant", "views")`.
         inputs (`tuple[str, ...]`):
             Names of what the learned factor over that sum sees.
+        scope (`str`, *optional*, defaults to `"model"`):
+            `"model"` for a stage of the model, which counts in both scopes; `"request"` for one that counts in whole
+            requests only, such as image processing.
     """
 
     features: tuple[str, ...]
     inputs: tuple[str, ...]
+    scope: str = MODEL_SCOPE
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ class CostModel(Protocol):
             Knobs that cost something by themselves, in addition to what they cost through the counts. Their values are
             numbers.
         stages (`Mapping[str, StageCost]`):
-            The stages that are predicted: those up to the first output token in order, and last `"decode"`, the mean step
-            of an answer.
+            The stages that are the executor's: those up to the first output token in order, and last `"decode"`, the mean
+            step of an answer. What every request costs on top (`"overhead"`, `"controller"`) is no family's.
     """
 
     count_names: tuple[str, ...]

@@ -1,16 +1,13 @@
 """The interface of an executor: a frozen model that answers questions about images at knob settings."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..knobs import KnobSetting, KnobSpace
-from .requests import ExecutorOutput, ExecutorRequest, StageTimes
-
-
-if TYPE_CHECKING:
-    from ..controller import RequestController
+from .requests import ExecutorOutput, ExecutorRequest
+from .stage_clock import StageClock
 
 
 class FeatureSource(Protocol):
@@ -78,6 +75,31 @@ class InputCounter(Protocol):
         """
 
 
+class OpenRequest(FeatureSource, Protocol):
+    """
+    One request on its way through an executor, in order: what the controller's stage 1 sees, the image, what stage 2 sees,
+    the answer. Each step marks its borders on the request's clock: what was not the executor's work since the border
+    before is the controller's.
+    """
+
+    def count_inputs(self, request: ExecutorRequest, settings: Sequence[KnobSetting]) -> dict[str, list[int]]:
+        """As [`InputCounter.count_inputs`], for this request."""
+
+    def answer(self, setting: KnobSetting, decode_steps: int | None = None) -> ExecutorOutput:
+        """
+        Answers the request, whose image was encoded by [`~FeatureSource.vision_features`] (or is now).
+
+        Args:
+            setting ([`KnobSetting`]):
+                The setting, with the knobs of stage 1 as the image was encoded.
+            decode_steps (`int`, *optional*):
+                Tokens to decode after the first, whatever the answer. By default, decoding ends with the answer.
+
+        Raises:
+            ValueError: If the setting is outside the knob space.
+        """
+
+
 class Executor(FeatureSource, InputCounter, Protocol):
     """
     A frozen model of some family that answers questions about images, each at its own knob setting.
@@ -94,8 +116,8 @@ class Executor(FeatureSource, InputCounter, Protocol):
         shape (`Mapping[str, Any]`):
             Sizes of the model that its latency depends on; JSON-friendly.
         stage_names (`tuple[str, ...]`):
-            Stages up to the first output token that [`~Executor.time_request`] times, in order: those that its
-            [`~executor.costs.CostModel`] predicts, and others.
+            Stages up to the first output token, in order, as its [`~executor.costs.CostModel`] has them; an [`OpenRequest`]
+            marks each of them, and its decode steps.
         device (`torch.device`):
             Where it computes.
         dtype (`str`):
@@ -140,30 +162,26 @@ class Executor(FeatureSource, InputCounter, Protocol):
             ValueError: If a setting is outside the knob space.
         """
 
-    def time_request(
-        self,
-        request: ExecutorRequest,
-        repeats: int = 5,
-        warmup: int = 2,
-        decode_steps: int | None = None,
-        controller: "RequestController | None" = None,
-    ) -> StageTimes:
+    def open(self, request: ExecutorRequest, clock: StageClock) -> OpenRequest:
         """
-        Times the stages of one request at batch 1; nothing that was encoded before is used.
+        Begins to answer one request alone, in the calling thread. Nothing that was encoded before is used.
 
         Args:
             request ([`ExecutorRequest`]):
-                The request.
-            repeats (`int`, *optional*, defaults to 5):
-                Runs that are measured; times are their medians.
-            warmup (`int`, *optional*, defaults to 2):
-                Runs before these that are not measured.
-            decode_steps (`int`, *optional*):
-                Tokens to decode after the first, whatever the answer. By default, decoding ends with the answer.
-            controller ([`RequestController`], *optional*):
-                A controller whose two stages are timed, too, each at its place in the request. The request is answered
-                at its own setting, whatever the controller would choose.
+                The request. Its setting is not looked at.
+            clock ([`StageClock`]):
+                Takes the time of each stage.
 
         Raises:
-            ValueError: If the setting is outside the knob space, or there is nothing to measure.
+            ValueError: If the executor does not know the style, or the question is empty.
+        """
+
+    def warm_up(self, progress: bool = False) -> None:
+        """
+        Does beforehand what the first requests would wait for, whatever their setting, image and question: code that is
+        compiled, graphs that are captured, memory that is asked for.
+
+        Args:
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar (never where the output is not a terminal).
         """

@@ -1,7 +1,7 @@
 """What an executor is asked, what it answers, and what it measures."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -51,6 +51,10 @@ class ExecutorRequest:
             sample["sample_id"], partial(getitem, sample, "image"), sample["question"], sample["style"], setting
         )
 
+    def at(self, setting: KnobSetting) -> "ExecutorRequest":
+        """The same request at another setting."""
+        return replace(self, setting=setting)
+
     def load_image(self) -> Image.Image:
         """The image."""
         return self.image() if callable(self.image) else self.image
@@ -84,13 +88,12 @@ class ExecutorOutput:
 @dataclass(frozen=True)
 class StageTimes:
     """
-    What each stage of answering one request took, in milliseconds (medians over repeats), and what it worked on.
+    What each stage of answering one request took, in milliseconds, and what it worked on.
 
     Args:
-        controller_ms (`float` or `None`):
-            Both stages of the controller with the features that they read; `None` where there was none.
         stage_ms (`Mapping[str, float]`):
-            Each stage up to the first output token, by the executor's `stage_names`, in order.
+            Each stage but the decode steps: `"overhead"`, `"controller"` (where there was one), and those up to the first
+            output token, by the executor's `stage_names`, in order.
         decode_ms (`list[float]`):
             Each further output token: `output_tokens - 1` values.
         counts (`Mapping[str, int]`):
@@ -99,8 +102,12 @@ class StageTimes:
             As in [`ExecutorOutput`].
     """
 
-    controller_ms: float | None
     stage_ms: Mapping[str, float]
     decode_ms: list[float]
     counts: Mapping[str, int]
     output_tokens: int
+
+    @property
+    def total_ms(self) -> float:
+        """All of it."""
+        return sum(self.stage_ms.values()) + sum(self.decode_ms)

@@ -4,6 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..executor import LATENCY_SCOPES, REQUEST_SCOPE
+from .request_costs import check_latency_scope
+
 
 class LatencyEstimatorConfig(PreTrainedConfig):
     r"""
@@ -21,11 +24,13 @@ class LatencyEstimatorConfig(PreTrainedConfig):
         prefill_lengths (`list[int]`, *optional*):
             Lengths, ascending, that the executor pads prompts to before it prefills them. By default prompts are not
             padded.
+        latency_scope (`str`, *optional*, defaults to `"request"`):
+            What is predicted: `"request"`, all that a request costs by the clock, or `"model"`, the stages of the model alone.
         num_units (`int`, *optional*, defaults to 16):
             Units of the learned factor of each stage.
         upper_quantiles (`dict[str, dict[str, float]]`, *optional*):
-            For `"prefill"`, `"decode"` and `"total"`, by quantile (e.g. `"0.95"`): what an estimate is multiplied with so
-            that this share of measurements lies below.
+            By latency scope, and then by quantile (e.g. `"0.95"`): what an estimate is multiplied with so that this share of
+            single requests lies below.
 
         > Parameters that say what was measured
 
@@ -35,9 +40,8 @@ class LatencyEstimatorConfig(PreTrainedConfig):
             Smallest and largest value of each count that was measured.
         executor_fingerprint, executor_dtype, executor_mode, executor_revision (`str`, *optional*):
             The measured executor ([`Executor`]), and the version of its code. Provenance: the fingerprint is not compared.
-        device_name, torch_version, driver_version (`str`, *optional*):
-            Where it ran: the device, with the number of threads for a CPU; the driver is `"none"` for a CPU, and
-            `"unknown"` where the machine does not say.
+        device_type, device_name, driver_version, library_versions (`str`, *optional*), num_threads (`int`, *optional*):
+            How it was run, see [`~latency.way_of_running.WayOfRunning`].
         recalibrated_from (`dict[str, Any]`, *optional*):
             Machine and executor of the estimator that this one was adapted from, see
             [`~latency.recalibration.recalibrate`].
@@ -45,7 +49,7 @@ class LatencyEstimatorConfig(PreTrainedConfig):
             Error on settings and inputs that the fit did not see, see [`~latency.fitting.fit_latency_estimator`].
 
     Raises:
-        ValueError: If `num_units` is not positive.
+        ValueError: If `num_units` is not positive, or there is no such scope.
     """
 
     model_type = "latency_estimator"
@@ -53,15 +57,18 @@ class LatencyEstimatorConfig(PreTrainedConfig):
     executor_type: str | None = None
     executor_shape: dict[str, Any] | None = None
     prefill_lengths: list[int] | None = None
+    latency_scope: str = REQUEST_SCOPE
     num_units: int = 16
     upper_quantiles: dict[str, dict[str, float]] | None = None
     fitted_knobs: dict[str, list] | None = None
     fitted_counts: dict[str, list[int]] | None = None
     executor_fingerprint: str | None = None
     executor_dtype: str | None = None
+    device_type: str | None = None
     device_name: str | None = None
-    torch_version: str | None = None
     driver_version: str | None = None
+    num_threads: int | None = None
+    library_versions: str | None = None
     executor_mode: str | None = None
     executor_revision: str | None = None
     recalibrated_from: dict[str, Any] | None = None
@@ -71,3 +78,10 @@ class LatencyEstimatorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.num_units < 1:
             raise ValueError(f"`num_units` is {self.num_units}: give 1 or more.")
+        check_latency_scope(self.latency_scope)
+        if not set(self.upper_quantiles or {}) <= set(LATENCY_SCOPES):
+            raise ValueError(
+                f"`upper_quantiles` are of {', '.join(self.upper_quantiles)} rather than of {' and '.join(LATENCY_SCOPES)}: the "
+                "latency estimator is of an earlier version. Make it anew with `joint-controller profile` and "
+                "`joint-controller fit-latency`."
+            )

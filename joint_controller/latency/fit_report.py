@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from .held_out import COVERED_QUANTILE, PARTS, HeldOut, conformal_quantile, errors, report_errors
+from .latency_estimator import SCOPE_IN_WORDS
 from .modeling_latency_estimator import LatencyEstimatorModel
 from .profile_table import UNKNOWN
 
@@ -18,8 +19,6 @@ REPORT_FILE = "fit_report.json"
 
 ERROR_HEADINGS = ("", "MAE (ms)", "MAPE", "P95 error", "R²", "below p95", "n")
 """Headings of [`~latency.fit_report.format_error_rows`]."""
-RECALIBRATION_HEADINGS = ("measurements", *(f"MAPE, {part}" for part in PARTS))
-"""Headings of [`~latency.fit_report.format_recalibration_rows`]."""
 
 
 def _show(value: float | None, form: str = ".1%") -> str:
@@ -37,7 +36,7 @@ def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         covered = _show(found.get("p95_coverage"))
         return label, mae, _show(found["mape"]), _show(found["p95_error"]), r2, covered, str(found["num"])
 
-    rows = [row(label, report[part]) for part, label in PARTS.items()]
+    rows = [row(label, report[part]) for part, label in PARTS.items() if part in report]
     for knob, values in report["by_knob"].items():
         for value, parts in values.items():
             rows += [row(f"{part}, {knob}={value}", found) for part, found in parts.items()]
@@ -46,14 +45,15 @@ def format_error_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def format_recalibration_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """
-    Rows of a table with `RECALIBRATION_HEADINGS`, without recalibration first: MAPEs of a report
+    Rows of a table, headings first, and then without recalibration: MAPEs of a report
     ([`~latency.recalibration.recalibration_errors`]), the mean over draws with the largest in brackets.
     """
-    rows = [("none", *(_show(report["without"][part]["mape"]) for part in PARTS))]
+    rows = [("measurements", *(f"MAPE, {part}" for part in report["without"]))]
+    rows.append(("none", *(_show(found["mape"]) for found in report["without"].values())))
     for size, parts in report["by_size"].items():
         cells = [
             _show(found["mape"]) + (f" ({_show(found['largest_mape'])})" if found["mape"] is not None else "")
-            for found in (parts[part] for part in PARTS)
+            for found in parts.values()
         ]
         rows.append((size, *cells))
     return rows
@@ -74,14 +74,16 @@ def format_model_card(model: LatencyEstimatorModel, more: str = "") -> str:
     report = config.held_out
     coefficients = [
         (stage, feature, f"{value:.3e}")
-        for stage, cost in model.cost_model.stages.items()
-        for feature, value in zip(cost.features, model.get_parameter(f"{stage}_coefficients").tolist(), strict=True)
+        for stage, cost in model.costs.stages.items()
+        for feature, value in zip(cost.features, model.stage_parameters(stage)[0].tolist(), strict=True)
     ]
     knobs = ", ".join(f"`{knob}` {values}" for knob, values in config.fitted_knobs.items())
     counts = ", ".join(f"`{name}` {low} to {high}" for name, (low, high) in config.fitted_counts.items())
     facts = [
+        ("latencies", f"those of {SCOPE_IN_WORDS[config.latency_scope]}"),
         ("device, driver", f"{config.device_name}, {config.driver_version}"),
-        ("torch, data type", f"{config.torch_version}, {config.executor_dtype}"),
+        ("CPU threads", str(config.num_threads or "-")),
+        ("libraries, data type", f"{config.library_versions}, {config.executor_dtype}"),
         ("executor", f"model type `{config.executor_type}`, fingerprint `{config.executor_fingerprint}`"),
         ("executor's code and mode", f"`{config.executor_revision}`, {config.executor_mode}"),
         ("knobs measured", knobs),
@@ -112,15 +114,15 @@ tags:
 # Latency estimator
 
 Predicts how long an executor takes for one request (batch 1) from its knob setting and the sizes of its inputs: a sum of
-physical terms for each stage, times a learned factor.
+physical terms for each stage, times a learned factor where that predicts better.
 
 {format_markdown_table(("", ""), facts)}
 
 ## Error
 
 On {report["num_held_out"]} measurements whose setting and whose input the fit had not seen (cross-validation; the
-estimator is then fitted to all measurements). *Below p95* is the share of them that took no longer than the predicted
-95th percentile.
+estimator is then fitted to all measurements). *Below p95* is the share of single requests that took no longer than the
+predicted 95th percentile.
 
 {format_markdown_table(ERROR_HEADINGS, format_error_rows(report))}
 {physical}{more}
@@ -156,18 +158,18 @@ def plot_fit(held_out: HeldOut, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     knob, rows_by_value = next(iter(held_out.rows_by_value().items()))
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axes, part in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    for axes, part in zip(figure.subplots(1, 3), ("prefill", "decode", "total"), strict=True):
         measured_ms, predicted_ms = held_out.measured_ms[part], held_out.predicted_ms[part]
         for value, chosen in rows_by_value.items():
             axes.scatter(measured_ms[chosen], predicted_ms[chosen], s=10, alpha=0.6, label=f"{knob} {value}")
         known = measured_ms[~measured_ms.isnan()]
         ends = [known.min().item(), known.max().item()]
-        factor = conformal_quantile(measured_ms / predicted_ms, COVERED_QUANTILE)
         axes.plot(ends, ends, color="black", linewidth=1, label="exact")
-        axes.plot(
-            ends, [end / factor for end in ends], color="black", linewidth=1, linestyle=":", label="95th percentile"
-        )
+        if part == "total":
+            factor = conformal_quantile(held_out.single_ratios[held_out.latency_scope].flatten(), COVERED_QUANTILE)
+            percentile = [end / factor for end in ends]
+            axes.plot(ends, percentile, color="black", linewidth=1, linestyle=":", label="95th percentile")
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)", xscale="log", yscale="log")
         _label_logarithmic(axes.xaxis, axes.yaxis)
         found = errors(measured_ms, predicted_ms)
@@ -200,7 +202,8 @@ def plot_recalibration(report: dict[str, Any], folder: str | Path) -> Path:
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, (part, label) in enumerate(PARTS.items()):
+    for index, part in enumerate(report["without"]):
+        label = PARTS[part]
         sizes = [size for size, parts in report["by_size"].items() if parts[part]["mape"] is not None]
         means = [100 * report["by_size"][size][part]["mape"] for size in sizes]
         largest = [100 * report["by_size"][size][part]["largest_mape"] for size in sizes]

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from ..executor import DECODE
+from ..executor import DECODE, MODEL_SCOPE, REQUEST_SCOPE
 from .configuration_latency_estimator import LatencyEstimatorConfig
 from .held_out import HeldOut, conformal_quantile, report_errors
 from .modeling_latency_estimator import LatencyEstimatorModel, learned_factor
 from .profile_table import (
     PROVENANCE_COLUMNS,
+    SINGLE_TIMES,
     UNKNOWN,
     ProfileSchema,
     check_one_machine,
@@ -207,7 +208,7 @@ class StageData:
 def profile_columns(profile: Dataset) -> dict[str, torch.Tensor]:
     """The numbers of a profile: what its cost model looks at, and all times, float64; NaN where they are null."""
     schema = ProfileSchema.of(profile)
-    names = (*schema.cost_model.knob_names, *schema.cost_model.count_names, "output_tokens", *schema.time_columns)
+    names = (*schema.costs.knob_names, *schema.cost_model.count_names, "output_tokens", *schema.time_columns)
     return {
         name: torch.tensor([math.nan if value is None else value for value in profile[name]], dtype=torch.float64)
         for name in names
@@ -222,10 +223,10 @@ def stage_data(
     that stage.
     """
     data = {}
-    for stage in model.cost_model.stages:
+    for stage in model.costs.stages:
         measured_ms = columns[time_column(stage)][rows]
         known = ~measured_ms.isnan()
-        terms = model.cost_model.terms(stage, {name: values[rows][known] for name, values in columns.items()})
+        terms = model.costs.terms(stage, {name: values[rows][known] for name, values in columns.items()})
         features, inputs = (
             torch.stack(torch.broadcast_tensors(*values, measured_ms[known])[:-1], dim=-1)
             for values in (terms.features, terms.inputs)
@@ -235,88 +236,144 @@ def stage_data(
 
 
 def _fit_model(
-    columns: dict[str, torch.Tensor], rows: list[int], config: LatencyEstimatorConfig, learned: bool = True
+    columns: dict[str, torch.Tensor], rows: list[int], config: LatencyEstimatorConfig, learned_stages: Collection[str]
 ) -> LatencyEstimatorModel:
+    """With a learned factor in some stages."""
     model = LatencyEstimatorModel(config)
     for stage, data in stage_data(columns, rows, model).items():
-        if learned:
+        if stage in learned_stages:
             units = fit_units(data.features, data.inputs, data.measured_ms, config.num_units)
         else:
-            units = torch.ones_like(model.get_parameter(f"{stage}_units"), dtype=torch.float64)
+            units = torch.ones(config.num_units, data.inputs.shape[1] + 1, dtype=torch.float64)
             units[:, -1] = 0
         factor = learned_factor(units, data.inputs.unbind(1))
         coefficients = fit_coefficients(data.features * factor[:, None], data.measured_ms)
-        model.get_parameter(f"{stage}_coefficients").copy_(coefficients)
-        model.get_parameter(f"{stage}_units").copy_(units)
+        model.set_stage_parameters(stage, coefficients, units)
     return model
 
 
 def measured_parts(columns: dict[str, torch.Tensor], model: LatencyEstimatorModel) -> dict[str, torch.Tensor]:
-    """`"prefill"`, `"decode"` (per token) and `"total"` of each measurement, in ms, over the stages of an estimator."""
-    *stages, decode = model.cost_model.stages
-    return _parts(sum(columns[time_column(stage)] for stage in stages), columns[time_column(decode)], columns)
+    """
+    `"preparation"` (in the scope of requests), `"prefill"`, `"decode"` (per token) and `"total"` of each measurement, in ms,
+    over the stages of an estimator.
+    """
+    stages = model.costs.stages
+    of_scope = {
+        scope: sum(columns[time_column(stage)] for stage in stages if stage != DECODE and stages[stage].scope == scope)
+        for scope in (REQUEST_SCOPE, MODEL_SCOPE)
+    }
+    return _parts(model, of_scope[REQUEST_SCOPE], of_scope[MODEL_SCOPE], columns[time_column(DECODE)], columns)
 
 
 def predicted_parts(
     model: LatencyEstimatorModel, columns: dict[str, torch.Tensor], rows: list[int]
 ) -> dict[str, torch.Tensor]:
     """What an estimator says of the times that [`~latency.fitting.measured_parts`] gives."""
-    cost_model = model.cost_model
-    names = (*cost_model.knob_names, *cost_model.count_names, "output_tokens")
+    names = (*model.costs.knob_names, *model.costs.count_names, "output_tokens")
     columns = {name: columns[name][rows] for name in names}
     estimate = model(**columns)
-    return _parts(estimate.prefill_ms.double(), estimate.decode_ms_per_token.double(), columns)
+    parts = (estimate.preparation_ms, estimate.prefill_ms, estimate.decode_ms_per_token)
+    return _parts(model, *(values.double() for values in parts), columns)
 
 
 def _parts(
-    prefill_ms: torch.Tensor, decode_ms: torch.Tensor, columns: dict[str, torch.Tensor]
+    model: LatencyEstimatorModel,
+    preparation_ms: torch.Tensor,
+    prefill_ms: torch.Tensor,
+    decode_ms: torch.Tensor,
+    columns: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    total_ms = prefill_ms + decode_ms.nan_to_num() * (columns["output_tokens"] - 1)
-    return {"prefill": prefill_ms, "decode": decode_ms, "total": total_ms}
+    total_ms = preparation_ms + prefill_ms + decode_ms.nan_to_num() * (columns["output_tokens"] - 1)
+    parts = {"preparation": preparation_ms, "prefill": prefill_ms, "decode": decode_ms, "total": total_ms}
+    if model.latency_scope == MODEL_SCOPE:
+        del parts["preparation"]
+    return parts
 
 
 def cross_validate(profile: Dataset, num_folds: int = 4, seed: int = 42, num_units: int = 16) -> HeldOut:
     """
-    Predicts measurements by estimators that have seen neither their setting nor their input. Arguments and errors are
-    those of [`~latency.fitting.fit_latency_estimator`].
+    Predicts measurements by estimators that have seen neither their setting nor their input. A stage has a learned factor
+    where it is predicted better with one. Arguments and errors are those of [`~latency.fitting.fit_latency_estimator`].
     """
     config = estimator_config(profile, num_units)
     columns = profile_columns(profile)
     folds = held_out_folds(profile, num_folds, seed)
-    physical = predict_held_out(profile, folds, lambda rows: _fit_model(columns, rows, config, learned=False))
-    held_out = predict_held_out(profile, folds, lambda rows: _fit_model(columns, rows, config))
-    return replace(held_out, physical_ms=physical.predicted_ms)
+    stages = ProfileSchema.of(profile).costs.stages
+    models = [_fit_model(columns, train, config, ()) for train, _ in folds]
+    physical = predict_held_out(profile, folds, models)
+    learned = [_fit_model(columns, train, config, stages) for train, _ in folds]
+    misfits, learned_misfits = (_stage_misfits(columns, folds, one) for one in (models, learned))
+    learned_stages = tuple(stage for stage in stages if learned_misfits[stage] < misfits[stage])
+    for model, other in zip(models, learned, strict=True):
+        for stage in learned_stages:
+            model.set_stage_parameters(stage, *other.stage_parameters(stage))
+    held_out = predict_held_out(profile, folds, models)
+    return replace(held_out, physical_ms=physical.predicted_ms, learned_stages=learned_stages)
+
+
+def _stage_misfits(
+    columns: dict[str, torch.Tensor],
+    folds: Sequence[tuple[list[int], list[int]]],
+    models: Sequence[LatencyEstimatorModel],
+) -> dict[str, float]:
+    """The mean relative error of each stage on what the model of each fold has not seen."""
+    misfits: dict[str, list[torch.Tensor]] = {}
+    for model, (_, test) in zip(models, folds, strict=True):
+        for stage, data in stage_data(columns, test, model).items():
+            coefficients, units = (values.double() for values in model.stage_parameters(stage))
+            predicted_ms = data.features @ coefficients * learned_factor(units, data.inputs.unbind(1))
+            misfits.setdefault(stage, []).append((predicted_ms / data.measured_ms - 1).abs())
+    return {stage: torch.cat(parts).mean().item() for stage, parts in misfits.items()}
 
 
 def predict_held_out(
-    profile: Dataset, folds: Sequence[tuple[list[int], list[int]]], fit: Callable[[list[int]], LatencyEstimatorModel]
+    profile: Dataset, folds: Sequence[tuple[list[int], list[int]]], models: Sequence[LatencyEstimatorModel]
 ) -> HeldOut:
     """
-    Predicts what each fold ([`~latency.fitting.held_out_folds`]) tests on by the estimator that `fit` makes of the
-    rows it trains on.
+    Predicts what each fold ([`~latency.fitting.held_out_folds`]) tests on by the estimator that was made of the rows it
+    trains on.
     """
     columns = profile_columns(profile)
     tested = [row for _, test in folds for row in test]
-    models = [fit(train) for train, _ in folds]
-    predicted = [predicted_parts(model, columns, test) for model, (_, test) in zip(models, folds, strict=True)]
+    by_fold = [predicted_parts(model, columns, test) for model, (_, test) in zip(models, folds, strict=True)]
+    measured_ms = {part: values[tested] for part, values in measured_parts(columns, models[0]).items()}
+    predicted_ms = {part: torch.cat([values[part] for values in by_fold]) for part in measured_ms}
     return HeldOut(
         rows=tested,
         folds=[number for number, (_, test) in enumerate(folds) for _ in test],
-        measured_ms={part: values[tested] for part, values in measured_parts(columns, models[0]).items()},
-        predicted_ms={part: torch.cat([values[part] for values in predicted]) for part in predicted[0]},
+        measured_ms=measured_ms,
+        predicted_ms=predicted_ms,
         physical_ms=None,
+        learned_stages=(),
+        single_ratios=_single_ratios(profile, tested, measured_ms, predicted_ms),
         profile=profile,
     )
+
+
+def _single_ratios(
+    profile: Dataset, rows: list[int], measured_ms: dict[str, torch.Tensor], predicted_ms: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """[`HeldOut.single_ratios`]. Where a profile does not know its single repeats, the measurement is taken for one."""
+    preparation = "preparation" in measured_ms
+    ratios = {}
+    for scope in (REQUEST_SCOPE, MODEL_SCOPE) if preparation else (MODEL_SCOPE,):
+        measured, predicted = (
+            parts["total"] - (parts["preparation"] if preparation and scope == MODEL_SCOPE else 0.0)
+            for parts in (measured_ms, predicted_ms)
+        )
+        column = profile[SINGLE_TIMES[scope]][:]
+        singles = [column[row] or [value] for row, value in zip(rows, measured.tolist(), strict=True)]
+        most = max(map(len, singles))
+        padded = torch.tensor([one + [math.nan] * (most - len(one)) for one in singles], dtype=torch.float64)
+        ratios[scope] = padded / predicted[:, None]
+    return ratios
 
 
 def calibrate_quantiles(held_out: HeldOut) -> dict[str, dict[str, float]]:
     """The upper quantiles of [`LatencyEstimatorConfig`], from the errors on what was held out."""
     return {
-        part: {
-            str(quantile): conformal_quantile(held_out.measured_ms[part] / held_out.predicted_ms[part], quantile)
-            for quantile in UPPER_QUANTILES
-        }
-        for part in held_out.measured_ms
+        scope: {str(quantile): conformal_quantile(ratios.flatten(), quantile) for quantile in UPPER_QUANTILES}
+        for scope, ratios in held_out.single_ratios.items()
     }
 
 
@@ -330,17 +387,19 @@ def estimator_config(profile: Dataset, num_units: int) -> LatencyEstimatorConfig
     if set(profile[time_column(DECODE)]) == {None}:
         raise ValueError("the profile has no measurement with a decode step: decode at least one token in each.")
     machine = profile[0]
+    machine["num_threads"] = int(machine["num_threads"]) if machine["num_threads"].isdigit() else None
     measured = {name: set(profile[name]) for name in schema.knob_space.names}
     return LatencyEstimatorConfig(
         executor_type=machine["executor_type"],
         executor_shape=None if machine["executor_shape"] == UNKNOWN else json.loads(machine["executor_shape"]),
         prefill_lengths=machine["prefill_lengths"],
+        latency_scope=machine["latency_scope"],
         num_units=num_units,
         fitted_knobs={
             name: [value for value in values if value in measured[name]]
             for name, values in schema.knob_space.values.items()
         },
-        fitted_counts={name: [min(profile[name]), max(profile[name])] for name in schema.cost_model.count_names},
+        fitted_counts={name: [min(profile[name]), max(profile[name])] for name in schema.costs.count_names},
         **{name: machine[name] for name in PROVENANCE_COLUMNS},
     )
 
@@ -351,7 +410,7 @@ def fit_latency_estimator(
     """
     Fits a latency estimator to a profile. The error is measured by cross-validation over settings and inputs that a fit
     did not see; the estimator that is returned is fitted to all measurements, and its upper quantiles to the held-out
-    errors.
+    errors of single requests.
 
     Args:
         profile ([`~datasets.Dataset`]):
@@ -378,4 +437,5 @@ def fit_latency_estimator(
         held_out = cross_validate(profile, num_folds, seed, num_units)
     config.held_out = report_errors(held_out)
     config.upper_quantiles = calibrate_quantiles(held_out)
-    return _fit_model(profile_columns(profile), list(range(len(profile))), config), config.held_out
+    rows = list(range(len(profile)))
+    return _fit_model(profile_columns(profile), rows, config, held_out.learned_stages), config.held_out

@@ -10,8 +10,13 @@ from datasets import Dataset
 from .profile_table import ProfileSchema, profile_settings
 
 
-PARTS = {"prefill": "prefill_ms", "decode": "decode_ms_per_token", "total": "whole request"}
-"""What errors are reported of."""
+PARTS = {
+    "preparation": "preparation_ms",
+    "prefill": "prefill_ms",
+    "decode": "decode_ms_per_token",
+    "total": "all together",
+}
+"""What errors are reported of; the first is left out in the scope of the model."""
 COVERED_QUANTILE = 0.95
 """Upper quantile whose coverage is reported."""
 
@@ -25,8 +30,14 @@ class HeldOut:
         rows, folds (`list[int]`):
             Rows of the profile, and the fold of each.
         measured_ms, predicted_ms, physical_ms (`dict[str, torch.Tensor]`):
-            `"prefill"`, `"decode"` (per token) and `"total"` of each row, float64; NaN where nothing was decoded. The
-            last is what the physical terms alone predict; `None` if that was not asked.
+            `"preparation"` (in the scope of requests), `"prefill"`, `"decode"` (per token) and `"total"` of each row,
+            float64; NaN where nothing was decoded. The last is what the physical terms alone predict; `None` if that was not
+            asked.
+        learned_stages (`tuple[str, ...]`):
+            Stages that are predicted better with a learned factor than by their physical terms alone, if that was asked.
+        single_ratios (`dict[str, torch.Tensor]`):
+            By latency scope, of each single repeat of each row (n, repeats), float64, what it took together as a share of
+            what is predicted; NaN where a row has fewer repeats than another.
         profile ([`~datasets.Dataset`]):
             The profile.
     """
@@ -36,7 +47,14 @@ class HeldOut:
     measured_ms: dict[str, torch.Tensor]
     predicted_ms: dict[str, torch.Tensor]
     physical_ms: dict[str, torch.Tensor] | None
+    learned_stages: tuple[str, ...]
+    single_ratios: dict[str, torch.Tensor]
     profile: Dataset
+
+    @property
+    def latency_scope(self) -> str:
+        """What was measured."""
+        return ProfileSchema.of(self.profile).costs.latency_scope
 
     def rows_by_value(self) -> dict[str, dict[Any, torch.Tensor]]:
         """For each knob and each of its values that occurs, cheapest first, which of `rows` have it (a mask)."""
@@ -83,38 +101,37 @@ def errors(measured_ms: torch.Tensor, predicted_ms: torch.Tensor) -> dict[str, f
     }
 
 
-def coverage(held_out: HeldOut, part: str) -> float | None:
+def coverage(held_out: HeldOut) -> float | None:
     """
-    Share of held-out measurements that lie below their predicted upper quantile, which is fitted to the other folds; None
-    with a single fold.
+    Share of single held-out requests that take no longer than their predicted upper quantile, which is fitted to the other
+    folds; None with a single fold.
     """
-    ratios = held_out.measured_ms[part] / held_out.predicted_ms[part]
+    ratios = held_out.single_ratios[held_out.latency_scope]
     folds = torch.tensor(held_out.folds)
+    if len(folds.unique()) == 1:
+        return None
     below = []
     for fold in folds.unique():
-        tested, others = ratios[folds == fold], ratios[folds != fold]
-        if others.isnan().all():
-            return None
-        tested = tested[~tested.isnan()]
-        below.append(tested <= conformal_quantile(others, COVERED_QUANTILE))
+        tested = ratios[folds == fold]
+        below.append(tested[~tested.isnan()] <= conformal_quantile(ratios[folds != fold], COVERED_QUANTILE))
     return torch.cat(below).double().mean().item()
 
 
 def report_errors(held_out: HeldOut) -> dict[str, Any]:
     """
-    The held-out error of an estimator: for `"prefill"`, `"decode"` (per token) and `"total"` the errors
-    ([`~latency.held_out.errors`]), with `p95_coverage` (share of measurements below their predicted 95th percentile)
-    and perhaps `mape_physical` (with the physical terms alone); `by_knob`, the errors of `"prefill"` and `"decode"` at
-    each value of each knob; `num_measurements`, `num_settings`, `num_inputs`, `num_held_out`, `num_disagreeing`
-    (measurements whose repeats disagree; None where that is unknown).
+    The held-out error of an estimator: for `"preparation"` (in the scope of requests), `"prefill"`, `"decode"` (per token)
+    and `"total"` the errors ([`~latency.held_out.errors`]), perhaps with `mape_physical` (with the physical terms alone);
+    in that of `"total"`, `p95_coverage` (share of single requests below their predicted 95th percentile); `by_knob`, the
+    errors of `"prefill"` and `"decode"` at each value of each knob; `num_measurements`, `num_settings`, `num_inputs`,
+    `num_held_out`, `num_disagreeing` (measurements whose repeats disagree; None where that is unknown).
     """
     profile, measured_ms, predicted_ms = held_out.profile, held_out.measured_ms, held_out.predicted_ms
     report: dict[str, Any] = {}
-    for part in PARTS:
+    for part in measured_ms:
         report[part] = errors(measured_ms[part], predicted_ms[part])
-        report[part]["p95_coverage"] = coverage(held_out, part)
         if held_out.physical_ms is not None:
             report[part]["mape_physical"] = errors(measured_ms[part], held_out.physical_ms[part])["mape"]
+    report["total"]["p95_coverage"] = coverage(held_out)
     report["by_knob"] = {
         knob: {
             str(value): {

@@ -6,17 +6,47 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from ..executor import Executor
+from ..executor import MODEL_SCOPE, REQUEST_SCOPE, Executor
 from ..knobs import KnobSetting
+from .request_costs import check_latency_scope
+from .way_of_running import WayOfRunning
 
 
 if TYPE_CHECKING:
     from ..outcomes import Outcome
 
 
+SCOPE_IN_WORDS = {REQUEST_SCOPE: "whole requests", MODEL_SCOPE: "the model alone"}
+"""What latencies are of, by latency scope, as logs and cards say it."""
+
+
 @runtime_checkable
 class LatencyEstimator(Protocol):
-    """Gives what requests take, in ms at batch 1."""
+    """
+    Gives what requests take, in ms at batch 1.
+
+    Attributes:
+        latency_scope (`str`):
+            What its latencies are of: `"request"`, all that a request costs by the clock, or `"model"`, the stages of the
+            model alone.
+        way ([`~latency.way_of_running.WayOfRunning`] or `None`):
+            How the executor was run that they are of; `None` where that is unknown.
+    """
+
+    latency_scope: str
+    way: WayOfRunning | None
+
+    def in_scope(self, latency_scope: str) -> "LatencyEstimator":
+        """
+        The estimator of these latencies in a scope.
+
+        Args:
+            latency_scope (`str`):
+                `"request"` or `"model"`.
+
+        Raises:
+            ValueError: If it knows the model's stages alone, and whole requests are asked for.
+        """
 
     def latency_ms(self, outcomes: "Sequence[Outcome]") -> torch.Tensor:
         """
@@ -44,8 +74,8 @@ class LatencyEstimator(Protocol):
             settings (`Sequence[KnobSetting]`):
                 s settings.
             counts (`Mapping[str, torch.Tensor | Sequence[int]]`):
-                Every count of the executor by name, of shape (s,) for s requests, or (n, s) for n requests at each of the
-                settings.
+                Counts of the executor by name, of shape (s,) for s requests, or (n, s) for n requests at each of the
+                settings: every one that the latency depends on.
             output_tokens (`torch.Tensor` or `Sequence[int]`):
                 Tokens of the answers with the end of sequence, 1 or more; a shape that broadcasts with that of counts.
             quantile (`float`, *optional*):
@@ -61,7 +91,7 @@ class LatencyEstimator(Protocol):
 
     def check_executor(self, executor: Executor) -> None:
         """
-        Makes sure that latencies are those of an executor.
+        Makes sure that latencies are those of an executor of this family and of these sizes, however it is run.
 
         Raises:
             ValueError: If they are of another one.
@@ -71,7 +101,29 @@ class LatencyEstimator(Protocol):
         """Writes what can be written of it to a folder."""
 
 
-class RecordedLatencies:
+class ModelLatencies:
+    """What is common to latencies whose way of running is unknown, and that are of the model's stages alone."""
+
+    latency_scope = MODEL_SCOPE
+    way = None
+
+    def in_scope(self, latency_scope: str) -> "LatencyEstimator":
+        """As [`LatencyEstimator.in_scope`]."""
+        check_scope_is_known(self.latency_scope, latency_scope)
+        return self
+
+
+def check_scope_is_known(known: str, latency_scope: str) -> None:
+    """Refuses (`ValueError`) to take latencies of the model alone for those of whole requests."""
+    check_latency_scope(latency_scope)
+    if (known, latency_scope) == (MODEL_SCOPE, REQUEST_SCOPE):
+        raise ValueError(
+            "these latencies are of the model alone, not of whole requests: measure those with `joint-controller profile`, or "
+            f"pass `--latency_scope {MODEL_SCOPE}`."
+        )
+
+
+class RecordedLatencies(ModelLatencies):
     """
     A [`LatencyEstimator`] that knows the latencies that were measured with outcomes, and can predict no others.
     """

@@ -36,7 +36,7 @@ def embedded_latency_estimator_path() -> Path:
 def shipped_latency_estimators(executor: Executor) -> dict[str, Path]:
     """
     Folders of the estimators that ship with the package for an executor of this family and these sizes, each by the
-    name of the device that it was fitted on, e.g. `"NVIDIA H200"`.
+    name of the device that it was fitted on, e.g. `"NVIDIA H100 80GB HBM3"`.
     """
     folders = [SHIPPED_ESTIMATORS / name for name in shipped_estimator_names()]
     configs = {folder: LatencyEstimatorConfig.from_pretrained(folder) for folder in folders}
@@ -47,7 +47,7 @@ def shipped_latency_estimators(executor: Executor) -> dict[str, Path]:
     }
 
 
-def read_latency_estimator(path: str | Path) -> LatencyEstimator:
+def read_latency_estimator(path: str | Path, latency_scope: str | None = None) -> LatencyEstimator:
     """
     Loads a latency estimator.
 
@@ -55,14 +55,22 @@ def read_latency_estimator(path: str | Path) -> LatencyEstimator:
         path (`str` or `Path`):
             Folder or Hub name of an estimator, the name of one that ships with the package (e.g. `"embedded_cpu"`), or a
             `best_latency_estimator.pt` of the original scripts.
+        latency_scope (`str`, *optional*):
+            What latencies are to be of: `"request"`, all that a request costs by the clock, or `"model"`, the stages of the
+            model alone. By default that of the estimator.
 
     Returns:
         [`LatencyEstimator`]: of whatever class is registered with `AutoModel` for it.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is something else.
+        ValueError: If it is something else, or knows less than the scope that is asked for.
     """
+    estimator = _read(path)
+    return estimator if latency_scope is None else estimator.in_scope(latency_scope)
+
+
+def _read(path: str | Path) -> LatencyEstimator:
     if Path(path).is_file() or Path(path).suffix in (".pt", ".pth"):
         from ..original_scripts.modeling_original_estimator import read_original_latency_estimator
 

@@ -12,20 +12,26 @@ from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..executor import DECODE, MODEL_SCOPE, REQUEST_SCOPE
 from ..knobs import Knob, KnobSetting, KnobValue
 from .fit_report import format_markdown_table
 from .fitting import profile_columns
 from .held_out import num_disagreeing
+from .latency_estimator import SCOPE_IN_WORDS
 from .profile_table import (
     PROFILE_FILE,
     PROVENANCE_COLUMNS,
+    SINGLE_TIMES,
     UNKNOWN,
     ProfileSchema,
     check_one_machine,
     profile_settings,
     time_column,
 )
+from .profiling import relative_spread
 
+
+_SHOWN_TIMES = ("preparation_ms", "prefill_ms", "decode_ms_per_token", "total_ms")
 
 REPORT_FILE = "profile_report.json"
 REPEATABILITY_TOLERANCE = 0.03
@@ -45,12 +51,15 @@ class _Measurements:
         self.settings = profile_settings(profile)
         self.space = schema.knob_space
         self.columns = columns = {name: values.numpy() for name, values in profile_columns(profile).items()}
-        counts = (name for name in schema.cost_model.count_names if name.endswith("_tokens"))
-        columns["num_tokens"] = sum(columns[name] for name in counts)
-        *stages, decode = schema.predicted_columns
-        columns["prefill_ms"] = sum(columns[name] for name in stages)
-        columns["decode_ms"] = np.nan_to_num(columns[decode]) * (columns["output_tokens"] - 1)
-        columns["total_ms"] = columns["prefill_ms"] + columns["decode_ms"]  # what budgets are about
+        columns["num_tokens"] = sum(columns[name] for name in schema.costs.token_names)
+        stages = schema.costs.stages
+        for scope, name in ((REQUEST_SCOPE, "preparation_ms"), (MODEL_SCOPE, "prefill_ms")):
+            in_scope = [stage for stage in stages if stage != DECODE and stages[stage].scope == scope]
+            columns[name] = sum((columns[time_column(stage)] for stage in in_scope), np.zeros(len(profile)))
+        columns["decode_ms"] = np.nan_to_num(columns[time_column(DECODE)]) * (columns["output_tokens"] - 1)
+        # What budgets are about.
+        columns["total_ms"] = columns["preparation_ms"] + columns["prefill_ms"] + columns["decode_ms"]
+        self.what = SCOPE_IN_WORDS[schema.costs.latency_scope]
 
     @cached_property
     def rows_of(self) -> dict[KnobSetting, list[int]]:
@@ -62,7 +71,7 @@ class _Measurements:
 
     def flops(self) -> list[int | None]:
         """Floating-point operations of each request."""
-        names = self.schema.cost_model.count_names
+        names = self.schema.costs.count_names
         counts = zip(*(self.profile[name] for name in names), strict=True)
         requests = zip(self.settings, counts, self.profile["output_tokens"], strict=True)
         return [
@@ -135,26 +144,23 @@ def format_repeatability(report: Mapping[str, Any]) -> str:
 
 def summarize_profile(profile: Dataset) -> dict[str, Any]:
     """
-    A profile in numbers: the machine, how much was measured, how far repeats differ, and the latency of the cheapest and of
-    the most expensive setting.
+    A profile in numbers: the machine, how much was measured, how far repeats of whole requests differ, and the latency of the
+    cheapest and of the most expensive setting.
     """
     measured = _Measurements(profile)
-    columns = measured.schema.predicted_columns
-    spreads = [value for name in columns for value in profile[f"{name}_spread"] if value is not None]
+    scope = measured.schema.costs.latency_scope
+    spreads = [relative_spread(times) for times in profile[SINGLE_TIMES[scope]] if times is not None]
     rows_of = measured.rows_of
     ends = [next(iter(rows_of)), list(rows_of)[-1]]
     return {
-        "machine": {column: profile.unique(column) for column in PROVENANCE_COLUMNS},
+        "machine": {column: profile.unique(column) for column in (*PROVENANCE_COLUMNS, "latency_scope")},
         "num_measurements": len(profile),
         "num_settings": len(rows_of),
         "num_inputs": len(profile.unique("sample_id")),
         "num_disagreeing": num_disagreeing(profile),
         "median_spread": float(np.median(spreads)) if spreads else None,
         "settings": {
-            str(setting): {
-                name: float(np.median(measured.columns[name][rows_of[setting]]))
-                for name in ("prefill_ms", "decode_ms_per_token", "total_ms")
-            }
+            str(setting): {name: float(np.median(measured.columns[name][rows_of[setting]])) for name in _SHOWN_TIMES}
             for setting in ends
         },
     }
@@ -186,10 +192,8 @@ def plot_profile(profile: Dataset, folder: str | Path) -> list[Path]:
 
 def _plot_stage_shares(measured: _Measurements) -> Figure:
     columns, rows_of = measured.columns, measured.rows_of
-    stages = {"controller": "controller_ms"}
-    stages |= {stage.replace("_", " "): time_column(stage) for stage in measured.schema.stage_names}
-    stages |= {"decode": "decode_ms"}
-    stages = {stage: name for stage, name in stages.items() if not np.isnan(columns[name]).all()}
+    stages = {stage.replace("_", " "): time_column(stage) for stage in measured.schema.costs.stages if stage != DECODE}
+    stages |= {DECODE: "decode_ms"}
     means = np.array(
         [[np.nan_to_num(columns[name][rows]).mean() for name in stages.values()] for rows in rows_of.values()]
     )  # (settings, stages)
@@ -287,7 +291,7 @@ def _plot_knobs(measured: _Measurements) -> Figure:
         axes.set_xlabel(knob.name)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("predicted stages (ms), median over inputs")
+    figure.axes[0].set_ylabel(f"{measured.what} (ms), median over inputs")
     return figure
 
 
@@ -300,7 +304,7 @@ def _plot_flops(measured: _Measurements, flops: np.ndarray) -> Figure:
         if rows:
             axes.scatter(flops[rows] / 1e9, total_ms[rows], s=9, alpha=0.6, label=f"{knob.name} {value}")
     correlation = np.corrcoef(np.log(flops), np.log(total_ms))[0, 1] if len(flops) > 1 else math.nan
-    axes.set(xlabel="GFLOPs of the request, from its sizes", ylabel="predicted stages (ms)")
+    axes.set(xlabel="GFLOPs of the request, from its sizes", ylabel=f"{measured.what} (ms)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_title(f"correlation of the logarithms: {correlation:.3f}")
@@ -335,8 +339,7 @@ def format_profile_card(report: Mapping[str, Any], pictures: Sequence[str]) -> s
     """
     machine = [(column.replace("_", " "), ", ".join(values)) for column, values in report["machine"].items()]
     rows = [
-        (setting, *(f"{times[name]:.2f}" for name in ("prefill_ms", "decode_ms_per_token", "total_ms")))
-        for setting, times in report["settings"].items()
+        (setting, *(f"{times[name]:.2f}" for name in _SHOWN_TIMES)) for setting, times in report["settings"].items()
     ]
     disagreeing = report["num_disagreeing"]
     spread = "unknown" if report["median_spread"] is None else f"{report['median_spread']:.1%}"
@@ -360,12 +363,13 @@ estimator to it.
 {format_markdown_table(("", ""), machine)}
 
 {report["num_measurements"]} measurements of {report["num_settings"]} settings and {report["num_inputs"]} inputs. The
-interquartile range of the repeats is {spread} of their median, as a median over stages and measurements; repeats disagree
+interquartile range of the repeats of a request is {spread} of their median, as a median over measurements; repeats disagree
 (above 10 %) in {UNKNOWN if disagreeing is None else disagreeing} measurements.{repeated}
 
-{format_markdown_table(("setting", "prefill_ms", "decode_ms_per_token", "whole request (ms)"), rows)}
+{format_markdown_table(("setting", *_SHOWN_TIMES), rows)}
 
-Medians over inputs; prefill is all that latency estimators predict up to the first output token.
+Medians over inputs; preparation is all up to the first output token that is not the model's (overhead, the controller, image
+processing, …), prefill what is, and total what budgets are about, with as many decode steps as were timed.
 
 {shown}
 """

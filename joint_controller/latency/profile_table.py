@@ -11,48 +11,60 @@ import pyarrow
 from datasets import Dataset, Features, List, Value
 from pyarrow import parquet
 
-from ..executor import DECODE, CostModel, executor_family
+from ..executor import CONTROLLER, DECODE, MODEL_SCOPE, OVERHEAD, REQUEST_SCOPE, CostModel, executor_family
 from ..knobs import KnobSetting, KnobSpace
+from .request_costs import RequestCosts
 
 
 PROFILE_FILE = "profile.parquet"
 
 PROVENANCE_COLUMNS = (
+    "device_type",
     "device_name",
     "driver_version",
-    "torch_version",
+    "num_threads",
+    "library_versions",
     "executor_dtype",
     "executor_mode",
     "executor_revision",
     "executor_fingerprint",
 )
 """What was measured on what, in words for people."""
-MACHINE_COLUMNS = (*PROVENANCE_COLUMNS, "executor_type", "executor_shape", "knob_space", "stage_names")
+MACHINE_COLUMNS = (*PROVENANCE_COLUMNS, "executor_type", "executor_shape", "knob_space", "latency_scope")
 """
-What was measured on what: equal in all rows that belong together. The last three are JSON: [`Executor.shape`], the knob
-space and [`Executor.stage_names`].
+What was measured on what: equal in all rows that belong together. `executor_shape` ([`Executor.shape`]) and `knob_space` are
+JSON; `latency_scope` says whether whole requests were measured, or the model's stages alone.
 """
 UNKNOWN = "unknown"
-"""Value of a machine column where it is not known; `executor_type` and `knob_space` must be."""
+"""Value of a machine column where it is not known; `executor_type`, `knob_space` and `latency_scope` must be."""
+_KNOWN_COLUMNS = ("executor_type", "knob_space", "latency_scope")
+
+SINGLE_TIMES = {REQUEST_SCOPE: "request_ms", MODEL_SCOPE: "model_ms"}
+"""Columns with what each repeat took together, by latency scope."""
+
+_LIST_COLUMNS = {
+    "decode_ms": List(Value("float64")),
+    **dict.fromkeys(SINGLE_TIMES.values(), List(Value("float64"))),
+    "prefill_lengths": List(Value("int32")),
+}
 
 _REMEDY = "make it again with `joint-controller profile`"
 
 
 def time_column(stage: str) -> str:
-    """Column with the time of a stage of a [`~executor.CostModel`]."""
+    """Column with the time of a stage of [`~latency.request_costs.RequestCosts`]."""
     return "decode_ms_per_token" if stage == DECODE else f"{stage}_ms"
 
 
 @dataclass(frozen=True)
 class ProfileSchema:
     """
-    Columns of a profile. They follow from the executor that was measured: each of its knobs and counts has one, each
-    stage that was timed (`stage_names`, up to the first output token), and each that its cost model predicts.
+    Columns of a profile. They follow from the executor that was measured: each of its knobs, counts and stages has one, and
+    so have the stages of every request.
     """
 
     knob_space: KnobSpace
-    cost_model: CostModel
-    stage_names: tuple[str, ...]
+    costs: RequestCosts
 
     @classmethod
     def of(cls, profile: Dataset | Sequence[Mapping[str, Any]], name: str = "the profile") -> "ProfileSchema":
@@ -63,31 +75,31 @@ class ProfileSchema:
         if len(profile) == 0:
             raise ValueError(f"{name} holds no measurement: {_REMEDY}.")
         row = profile[0]
-        for column in ("executor_type", "executor_shape", "knob_space", "stage_names"):
-            if row.get(column) is None or row[column] == UNKNOWN and column in ("executor_type", "knob_space"):
+        for column in (*_KNOWN_COLUMNS, "executor_shape"):
+            if row.get(column) is None or row[column] == UNKNOWN and column in _KNOWN_COLUMNS:
                 raise ValueError(f"{name} has no `{column}` in row 0: every measurement needs one.")
         try:
-            shape, stage_names, knob_space = (
-                None if row[column] == UNKNOWN else json.loads(row[column])
-                for column in ("executor_shape", "stage_names", "knob_space")
-            )
+            shape = None if row["executor_shape"] == UNKNOWN else json.loads(row["executor_shape"])
+            space = KnobSpace.from_dict(json.loads(row["knob_space"]))
         except json.JSONDecodeError as error:
             raise ValueError(f"{name} has a machine column that is not JSON ({error}): {_REMEDY}.") from error
-        space = KnobSpace.from_dict(knob_space)
         cost_model = executor_family(row["executor_type"]).cost_model(shape, row.get("prefill_lengths"), space.names)
-        if stage_names is None:
-            stage_names = (stage for stage in cost_model.stages if stage != DECODE)
-        return cls(space, cost_model, tuple(stage_names))
+        return cls(space, RequestCosts(cost_model, row["latency_scope"]))
+
+    @property
+    def cost_model(self) -> CostModel:
+        """That of the executor."""
+        return self.costs.cost_model
 
     @property
     def predicted_columns(self) -> tuple[str, ...]:
-        """Medians in milliseconds of the stages that latency estimators predict."""
-        return tuple(map(time_column, self.cost_model.stages))
+        """Medians in milliseconds of the stages that were measured, and that latency estimators predict."""
+        return tuple(map(time_column, self.costs.stages))
 
     @property
     def time_columns(self) -> tuple[str, ...]:
         """Medians in milliseconds of all stages of a request, each followed by the column `<stage>_spread`."""
-        return ("controller_ms", *map(time_column, self.stage_names), time_column(DECODE))
+        return tuple(map(time_column, (OVERHEAD, CONTROLLER, *self.cost_model.stages)))
 
     @cached_property
     def features(self) -> Features:
@@ -97,8 +109,7 @@ class ProfileSchema:
             *((knob.name, knob.dtype) for knob in self.knob_space.knobs),
             *((name, "int32") for name in (*self.cost_model.count_names, "output_tokens")),
             *((name, "float64") for time in self.time_columns for name in (time, f"{time}_spread")),
-            ("decode_ms", None),
-            ("prefill_lengths", None),
+            *((name, None) for name in _LIST_COLUMNS),
             ("num_repeats", "int32"),
             ("repeats_disagree", "bool"),
             *((name, "string") for name in MACHINE_COLUMNS),
@@ -107,20 +118,19 @@ class ProfileSchema:
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise ValueError(f"profiles would have two columns `{repeated[0]}`: rename the knob, count or stage.")
-        lists = {"decode_ms": List(Value("float64")), "prefill_lengths": List(Value("int32"))}
-        return Features({name: lists[name] if dtype is None else Value(dtype) for name, dtype in dtypes})
+        return Features({name: _LIST_COLUMNS[name] if dtype is None else Value(dtype) for name, dtype in dtypes})
 
     @property
     def nullable_columns(self) -> tuple[str, ...]:
         """
-        Columns that may be null: what a measurement that was made elsewhere may not know, and the decode time where
-        the answer ended with its first token.
+        Columns that may be null: what a measurement that was made elsewhere may not know, also because it is of the model's
+        stages alone, and the decode time where the answer ended with its first token.
         """
-        times = [
-            name for name in self.time_columns if name not in self.predicted_columns or name == time_column(DECODE)
-        ]
+        times = [name for name in self.time_columns if name not in self.predicted_columns]
+        counts = [name for name in self.cost_model.count_names if name not in self.costs.count_names]
         spreads = (f"{name}_spread" for name in self.time_columns)
-        return (*times, "decode_ms", *spreads, "prefill_lengths", "num_repeats", "repeats_disagree")
+        times.append(time_column(DECODE))
+        return (*counts, *times, *spreads, *_LIST_COLUMNS, "num_repeats", "repeats_disagree")
 
 
 def make_profile(rows: Sequence[Mapping[str, Any]], name: str = "the profile") -> Dataset:
@@ -130,8 +140,8 @@ def make_profile(rows: Sequence[Mapping[str, Any]], name: str = "the profile") -
     Args:
         rows (`Sequence[Mapping[str, Any]]`):
             One mapping a measurement, with the columns of [`~latency.profile_table.ProfileSchema`] that its machine
-            columns ask for. Nullable ones may be None or left out; those of `MACHINE_COLUMNS` but `executor_type` and
-            `knob_space` may be `UNKNOWN` (`"unknown"`).
+            columns ask for. Nullable ones may be None or left out; those of `MACHINE_COLUMNS` but `executor_type`,
+            `knob_space` and `latency_scope` may be `UNKNOWN` (`"unknown"`).
         name (`str`, *optional*, defaults to `"the profile"`):
             What to call it in errors.
 

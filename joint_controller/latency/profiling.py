@@ -1,32 +1,31 @@
 """Measures what the stages of a request cost the executor, over knob settings and inputs, into a table."""
 
-import hashlib
 import json
-import platform
 import random
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..executor import DECODE, Executor, ExecutorRequest, StageTimes, executor_family
+from ..controller import JointControllerConfig, JointControllerModel, RequestController
+from ..executor import DECODE, MODEL_SCOPE, REQUEST_SCOPE, Executor, ExecutorRequest, StageTimes, executor_family
 from ..knobs import KnobSetting, KnobSpace
-from ..version import __version__
+from ..request_path import RequestPath
+from .configuration_latency_estimator import LatencyEstimatorConfig
+from .guardrail import Guardrail
+from .modeling_latency_estimator import LatencyEstimatorModel
 from .profile_journal import JOURNAL_FILE, ProfileJournal
-from .profile_table import UNKNOWN, make_profile, time_column
-
-
-if TYPE_CHECKING:
-    from ..controller import RequestController
+from .profile_table import SINGLE_TIMES, make_profile, time_column
+from .request_costs import RequestCosts
+from .way_of_running import WayOfRunning
 
 
 CALIBRATION_REQUESTS = 6
@@ -37,55 +36,10 @@ SLOW_REQUEST_S = 1.0
 that are chosen) is milliseconds."""
 
 DISAGREEMENT = 0.1
-"""Repeats disagree where their interquartile range is a larger share of the median in a stage that is predicted."""
+"""Repeats disagree where the interquartile range of the whole request is a larger share of its median."""
 
 
-def device_name(device: torch.device) -> str:
-    """
-    Name of a device as profiles give it: the model of a GPU, or of the CPU with the number of threads that torch
-    uses, e.g. `"AMD EPYC 7B13 (2 threads)"`.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    # Linux keeps the model of the CPU here only; elsewhere `platform` knows it.
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.partition(":")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].strip() if models else name
-    return f"{name} ({torch.get_num_threads()} threads)"
-
-
-def driver_version(device: torch.device) -> str:
-    """Version of the driver of a CUDA device; `"none"` for a CPU, `"unknown"` where the machine does not say."""
-    if device.type != "cuda":
-        return "none"
-    module = Path("/sys/module/nvidia/version")
-    if module.exists():
-        return module.read_text().strip()
-    if shutil.which("nvidia-smi") is None:
-        return UNKNOWN
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    return lines[0] if lines else UNKNOWN
-
-
-def executor_revision(model_type: str) -> str:
-    """
-    Version of the code that the latency of a family's executors depends on: the package's, and a digest of the sources of
-    `executor/` and of the family, e.g. `"0.2.0+1f3b9c02a7d4"`.
-    """
-    folders = (Path(__file__).parents[1] / "executor", *executor_family(model_type).code_folders)
-    files = sorted(
-        (file.relative_to(folder.parent).as_posix(), file) for folder in folders for file in folder.rglob("*.py")
-    )
-    digest = hashlib.sha256()
-    for name, file in files:
-        digest.update(f"{name}\n".encode() + file.read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:12]}"
-
-
-def _plan_pairs(settings: Sequence[KnobSetting], num_inputs: int, seed: int) -> list[tuple[KnobSetting, int]]:
+def plan_pairs(settings: Sequence[KnobSetting], num_inputs: int, seed: int) -> list[tuple[KnobSetting, int]]:
     """
     Every setting with every input, in an order of which each beginning is spread out: all settings once before any
     setting twice, each time with the next input; the cheapest and the most expensive setting at the head, so that a
@@ -116,45 +70,72 @@ def sample_settings(knob_space: KnobSpace, num_settings: int | None = None, seed
     return [settings[index] for index in (0, *between, -1)]
 
 
-def _row(
-    sample_id: str, setting: KnobSetting, repeats: Sequence[StageTimes], predicted: Sequence[str]
+def measurement_row(
+    sample_id: str, setting: KnobSetting, repeats: Sequence[StageTimes], model_stages: Sequence[str]
 ) -> dict[str, Any]:
     """A measurement as a row of the profile, without the columns of the machine."""
     # Kernels that round differently may end an answer at another token.
     num_steps = min(len(repeat.decode_ms) for repeat in repeats)
     row = {"sample_id": sample_id, **setting, **repeats[0].counts, "output_tokens": 1 + num_steps}
     times = {time_column(stage): [repeat.stage_ms[stage] for repeat in repeats] for stage in repeats[0].stage_ms}
-    if repeats[0].controller_ms is not None:
-        times["controller_ms"] = [repeat.controller_ms for repeat in repeats]
     if num_steps > 0:
         times[time_column(DECODE)] = [float(np.median(repeat.decode_ms[:num_steps])) for repeat in repeats]
         row["decode_ms"] = np.median([repeat.decode_ms[:num_steps] for repeat in repeats], axis=0).tolist()
     for column, values in times.items():
-        lower, median, upper = np.percentile(values, (25, 50, 75))
-        row[column], row[f"{column}_spread"] = float(median), float((upper - lower) / median)
+        row[column], row[f"{column}_spread"] = float(np.median(values)), relative_spread(values)
+    for scope, stages in ((REQUEST_SCOPE, repeats[0].stage_ms), (MODEL_SCOPE, model_stages)):
+        row[SINGLE_TIMES[scope]] = [
+            sum(repeat.stage_ms[stage] for stage in stages) + sum(repeat.decode_ms[:num_steps]) for repeat in repeats
+        ]
     row["num_repeats"] = len(repeats)
-    row["repeats_disagree"] = any(row.get(f"{time_column(stage)}_spread", 0.0) > DISAGREEMENT for stage in predicted)
+    row["repeats_disagree"] = relative_spread(row[SINGLE_TIMES[REQUEST_SCOPE]]) > DISAGREEMENT
     return row
 
 
-def _machine_of(executor: Executor) -> dict[str, Any]:
+def relative_spread(values: Sequence[float]) -> float:
+    """Interquartile range as a share of the median."""
+    lower, median, upper = np.percentile(values, (25, 50, 75))
+    return float((upper - lower) / median)
+
+
+def machine_columns(executor: Executor) -> dict[str, Any]:
     """What is measured on what: the columns `MACHINE_COLUMNS` of a profile, and the lengths that prompts are padded to."""
+    way = WayOfRunning.of(executor)
     machine = {
-        "device_name": device_name(executor.device),
-        "driver_version": driver_version(executor.device),
-        "torch_version": torch.__version__,
-        "executor_dtype": executor.dtype,
-        "executor_mode": executor.mode,
-        "executor_revision": executor_revision(executor.model_type),
+        **asdict(way),
+        "num_threads": "none" if way.num_threads is None else str(way.num_threads),
         "executor_fingerprint": executor.fingerprint,
         "executor_type": executor.model_type,
         "executor_shape": json.dumps(executor.shape, sort_keys=True),
         "knob_space": json.dumps(executor.knob_space.to_dict()),
-        "stage_names": json.dumps(executor.stage_names),
+        "latency_scope": REQUEST_SCOPE,
     }
     if executor.prefill_lengths is not None:
         machine["prefill_lengths"] = list(executor.prefill_lengths)
     return machine
+
+
+def path_to_measure(executor: Executor) -> RequestPath:
+    """
+    The way of requests through an executor, with an untrained controller and a guardrail whose latencies are made up: these
+    take as long as others.
+    """
+    space = executor.knob_space
+    sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
+    controller = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes)).to(executor.device)
+    lengths = executor.prefill_lengths
+    estimator = LatencyEstimatorModel(
+        LatencyEstimatorConfig(
+            executor_type=executor.model_type,
+            executor_shape=executor.shape,
+            prefill_lengths=None if lengths is None else list(lengths),
+            fitted_knobs={name: list(values) for name, values in space.values.items()},
+            upper_quantiles={REQUEST_SCOPE: {"0.95": 1.0}},
+        )
+    )
+    for parameters in estimator.parameters():
+        torch.nn.init.constant_(parameters, 1e-3)
+    return RequestPath(executor, RequestController(controller), Guardrail(estimator, executor, 0.95))
 
 
 def profile_executor(
@@ -165,14 +146,13 @@ def profile_executor(
     decode_steps: int | None = 4,
     num_measurements: int | None = None,
     time_limit_s: float | None = None,
-    controller: "RequestController | None" = None,
     journal_folder: str | Path | None = None,
     seed: int = 42,
     progress: bool = True,
 ) -> Dataset:
     """
-    Times the stages of single requests over settings × inputs. A short calibration tells how long it will take, and a
-    spread-out subset is chosen if that is more than allowed. Repeats are passes over all measurements, each in another
+    Times single requests over settings × inputs, stage by stage, on their way from the image in memory to the answer, an
+    untrained controller and the guardrail included. A short calibration tells how long it will take, and a spread-out subset is chosen if that is more than allowed. Repeats are passes over all measurements, each in another
     order, so that a machine that slows down for a while does so for all settings alike; a first pass warms up and is not
     kept, except where requests take longer than a second.
 
@@ -191,10 +171,8 @@ def profile_executor(
         num_measurements (`int`, *optional*):
             Most measurements: a spread-out subset of settings × inputs. By default all.
         time_limit_s (`float`, *optional*):
-            Seconds that the whole profile may take. A spread-out subset of settings × inputs is measured if the whole
+            Seconds that measuring may take, after [`Executor.warm_up`]. A spread-out subset of settings × inputs is measured if the whole
             would take longer; the last repeats are left out if that was misjudged.
-        controller ([`RequestController`], *optional*):
-            Controller whose stages are timed, too, see [`Executor.time_request`].
         journal_folder (`str` or `Path`, *optional*):
             Folder in which timings are kept until the profile is whole (`timings.jsonl`). If it holds those of the same
             profile, which was interrupted, they are not taken again.
@@ -205,18 +183,17 @@ def profile_executor(
 
     Returns:
         [`~datasets.Dataset`]: one row a measurement: `sample_id`, the setting (a column a knob), the executor's counts,
-        `output_tokens`, medians in milliseconds (`controller_ms`, `<stage>_ms` of each of the executor's stages,
-        `decode_ms_per_token`: the median of the steps), for each of them its interquartile range as a share of the median
-        (`controller_ms_spread`, …), `decode_ms` (the median of each step), `prefill_lengths` (what prompts are padded to;
-        null: they are not), `num_repeats`, `repeats_disagree` (a spread of a stage that is predicted is above 10 %), and
-        the machine (`device_name`, `driver_version`, `torch_version`, `executor_dtype`, `executor_mode`,
-        `executor_revision`, `executor_fingerprint`, `executor_type`, and as JSON `executor_shape`, `knob_space`,
-        `stage_names`). Rows are in the order in which measurements were chosen: the first n are spread out, whatever
-        n is.
+        `output_tokens`, medians in milliseconds (`overhead_ms`, `controller_ms`, `<stage>_ms` of each of the executor's
+        stages, `decode_ms_per_token`: the median of the steps), for each of them its interquartile range as a share of the
+        median (`overhead_ms_spread`, …), `decode_ms` (the median of each step), `request_ms` and `model_ms` (each repeat as a
+        whole, and the model's stages of it), `prefill_lengths` (what prompts are padded to; null: they are not),
+        `num_repeats`, `repeats_disagree` (the spread of the whole request is above 10 %), and what was measured
+        (`MACHINE_COLUMNS`). Rows are in the order in which measurements were chosen: the first n are spread out, whatever n
+        is.
 
     Raises:
-        ValueError: If there is no input, a number is below 1, the time limit is over before anything was measured, or the
-            journal is that of another profile.
+        ValueError: If there is no input, a number is below 1, the executor's stages are not those of its cost model, the
+            time limit is over before anything was measured, or the journal is that of another profile.
     """
     if len(dataset) == 0:
         raise ValueError("there is no input to profile with: the data set has no rows.")
@@ -224,25 +201,33 @@ def profile_executor(
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"`{name}` is {number}: give 1 or more.")
-    started = time.perf_counter()
     settings = list(executor.knob_space if settings is None else settings)
     inputs = dataset.select_columns(["sample_id", "image", "question", "style"])[:]
     inputs = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
-    pairs = _plan_pairs(settings, len(inputs), seed)[:num_measurements]
+    pairs = plan_pairs(settings, len(inputs), seed)[:num_measurements]
     costs = executor_family(executor.model_type).cost_model(executor.shape, None, executor.knob_space.names)
-    machine = _machine_of(executor)
+    if (*executor.stage_names, DECODE) != tuple(costs.stages):
+        raise ValueError(
+            f"the executor's stages are {', '.join(executor.stage_names)}, but its cost model has {', '.join(costs.stages)}: both "
+            f"must be the same, and then '{DECODE}', or a part of each request would be predicted by nothing."
+        )
+    model_stages = [stage for stage in RequestCosts(costs, MODEL_SCOPE).stages if stage != DECODE]
+    machine = machine_columns(executor)
     plan = {
         **machine,
         "settings": [list(setting.values()) for setting in settings],
         "inputs": [one["sample_id"] for one in inputs],
-        "has_controller": controller is not None,
         "seed": seed,
         **numbers,
     }
 
+    executor.warm_up(progress)
+    path = path_to_measure(executor)
+    started = time.perf_counter()
+
     def measure(setting: KnobSetting, position: int) -> StageTimes:
         request = ExecutorRequest(**inputs[position], setting=setting)
-        return executor.time_request(request, repeats=1, warmup=0, decode_steps=decode_steps, controller=controller)
+        return path.time(request, repeats=1, warmup=0, decode_steps=decode_steps)
 
     def affordable(request_s: float, passes: int, wanted: int) -> int:
         if time_limit_s is None:
@@ -306,7 +291,9 @@ def profile_executor(
         for index, (setting, position) in enumerate(pairs[: journal.num_measurements]):
             times = [journal.timings[index, repeat] for repeat in range(repeats) if (index, repeat) in journal.timings]
             if times:
-                rows.append({**_row(inputs[position]["sample_id"], setting, times, costs.stages), **machine})
+                rows.append(
+                    {**measurement_row(inputs[position]["sample_id"], setting, times, model_stages), **machine}
+                )
     if not rows:
         raise ValueError(f"the time limit of {time_limit_s} s was over before anything was measured: allow more.")
     profile = make_profile(rows)

@@ -48,11 +48,11 @@ def recalibrate(
     better. The result has no upper quantiles, see [`~latency.recalibration.fit_recalibration`].
 
     Raises:
-        ValueError: If the profile cannot be fitted to, it is of an executor of another family or of other sizes, or
-            there are fewer than two measurements with a decode step.
+        ValueError: If the profile cannot be fitted to, it is of an executor of another family or of other sizes, or of whole
+            requests where the base knows the model alone, or there are fewer than two measurements with a decode step.
     """
     config = estimator_config(profile, base.config.num_units)
-    _check_base(base, config)
+    base = _checked_base(base, config)
     rows = list(range(len(profile))) if rows is None else list(rows)
     config.recalibrated_from = {name: getattr(base.config, name) for name in PROVENANCE_COLUMNS}
     model = LatencyEstimatorModel(config)
@@ -62,19 +62,19 @@ def recalibrate(
                 f"{len(data.measured_ms)} measurement(s) of the stage '{stage}' are too few to recalibrate with: give at "
                 "least two."
             )
-        names = f"{stage}_coefficients", f"{stage}_units"
-        coefficients, units = _recalibrate_stage(data, *(base.get_parameter(name).double() for name in names))
-        model.get_parameter(f"{stage}_coefficients").copy_(coefficients)
-        model.get_parameter(f"{stage}_units").copy_(units)
+        parameters = (values.double() for values in base.stage_parameters(stage))
+        model.set_stage_parameters(stage, *_recalibrate_stage(data, *parameters))
     return model
 
 
-def _check_base(base: LatencyEstimatorModel, config: LatencyEstimatorConfig) -> None:
+def _checked_base(base: LatencyEstimatorModel, config: LatencyEstimatorConfig) -> LatencyEstimatorModel:
+    """The base estimator in the scope of what it is adapted to."""
     differing = differing_executors(base.config, config.executor_type, config.executor_shape)
     if differing:
         raise ValueError(
             f"the base estimator was fitted on another executor ({differing}): hardware can be changed, the executor cannot."
         )
+    return base.in_scope(config.latency_scope)
 
 
 def _recalibrate_stage(data: StageData, base: torch.Tensor, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +122,7 @@ def fit_recalibration(
     """
     model = recalibrate(base, profile)
     folds = held_out_folds(profile, num_folds, seed)
-    held_out = predict_held_out(profile, folds, lambda rows: recalibrate(base, profile, rows))
+    held_out = predict_held_out(profile, folds, [recalibrate(base, profile, train) for train, _ in folds])
     model.config.held_out = report_errors(held_out)
     model.config.upper_quantiles = calibrate_quantiles(held_out)
     return model, held_out
@@ -140,9 +140,9 @@ def recalibration_errors(
     with those that it was given; `draws` times for each of `sizes`.
 
     Returns:
-        `dict[str, Any]`: `without`, the errors ([`~latency.held_out.errors`]) of `"prefill"`, `"decode"` and `"total"`
+        `dict[str, Any]`: `without`, the errors ([`~latency.held_out.errors`]) of the parts of [`~latency.held_out.HeldOut`]
         by the base estimator as it is, over the whole profile; `by_size`, for each number of measurements (a string)
-        and each of the three the mean of the draws' `mape`, the `largest_mape`, and `mape_without`: that of the base
+        and each of the parts the mean of the draws' `mape`, the `largest_mape`, and `mape_without`: that of the base
         estimator on the same measurements. A number that leaves fewer than five measurements to test on has None in
         their place. `draws` and `num_measurements`.
 
@@ -151,7 +151,7 @@ def recalibration_errors(
     """
     if min(sizes) < 2:
         raise ValueError(f"the recalibration sizes {list(sizes)} hold a number below 2.")
-    _check_base(base, estimator_config(profile, base.config.num_units))
+    base = _checked_base(base, estimator_config(profile, base.config.num_units))
     columns = profile_columns(profile)
     measured = measured_parts(columns, base)
     everything = list(range(len(profile)))

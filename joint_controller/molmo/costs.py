@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..executor.costs import DECODE, StageCost, StageTerms
+from ..executor.costs import DECODE, REQUEST_SCOPE, StageCost, StageTerms
 from ..knobs import KnobSetting
 
 
@@ -17,9 +17,12 @@ class MolmoCostModel:
     costs what the next of the lengths costs; those longer than the last are not padded.
     """
 
-    count_names = ("num_views", "vision_tokens", "text_tokens")
+    count_names = ("image_pixels", "num_views", "vision_tokens", "text_tokens")
     knob_names = ("top_k", "num_blocks")
     stages = {
+        "image_processing": StageCost(
+            features=("constant", "image pixels", "views"), inputs=("views",), scope=REQUEST_SCOPE
+        ),
         "vision": StageCost(features=("constant", "views"), inputs=("views",)),
         "llm_prefill": StageCost(
             features=(
@@ -56,6 +59,10 @@ class MolmoCostModel:
 
     def terms(self, stage: str, columns: Mapping[str, torch.Tensor]) -> StageTerms:
         """As [`~executor.CostModel.terms`]."""
+        if stage == "image_processing":
+            # All pixels are read and scaled; every view is written.
+            image_pixels, num_views = columns["image_pixels"], columns["num_views"]
+            return StageTerms((torch.ones_like(num_views), image_pixels, num_views), (num_views,))
         if stage == "vision":
             num_views = columns["num_views"]  # every view costs the same
             return StageTerms((torch.ones_like(num_views), num_views), (num_views,))

@@ -1,26 +1,24 @@
 """Image processor of Molmo: one global view and overlapping crops of an image, cut into patches."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import ImagesKwargs
 
-from ..images import convert_to_rgb, oriented_size
+from ..images import oriented_size, rgb_pixels, stored_pixels
 from .knob_space import DEFAULT_TIER_CROPS
+from .view_cutting import PADDED_VIEW_VALUE, ViewGeometry, cut, cut_on_device, upload, view_masks
 
 
 DROPPED_POSITION = -100
 """Marks a pooled patch in `image_input_idx` that has no token."""
-
-PADDED_VIEW_VALUE = -1.0
-"""Fills pixels and masks of the views that pad a batch; the vision tower skips a view of such pixels."""
 
 
 class MolmoImagesKwargs(ImagesKwargs, total=False):
@@ -195,29 +193,14 @@ class MolmoImageProcessor(BaseImageProcessor):
         """
         if not 1 <= min_crops <= max_crops:
             raise ValueError(f"no tiling has {min_crops} to {max_crops} crops: give [fewest, most], 1 or more each.")
-
-        def distance(tiling: tuple[int, int]) -> tuple[float, int, int]:
-            rows, columns = tiling
-            # Quotients of integers are rounded correctly, so equal ratios compare as equal.
-            mismatch = max(width * rows / (height * columns), height * columns / (width * rows))
-            return mismatch, rows * columns, rows
-
-        return min((tiling for tiling in _tilings(max_crops) if tiling[0] * tiling[1] >= min_crops), key=distance)
+        return _select_tiling(height, width, min_crops, max_crops)
 
     def fit_tiling(self, height: int, width: int, max_crops: int) -> tuple[int, int]:
         """The tiling (rows and columns) of at most `max_crops` crops that the published preprocessing chooses: the one
         that needs the least enlargement of the image, or, where the image is larger than every tiling, the least
         reduction."""
-        tilings = _tilings(max_crops)
         margins = sum(self.overlap_margins) * self.image_patch_size
-        windows = np.array(tilings, dtype=np.float32) * (self._window_patches * self.image_patch_size)
-        # The published code compares what is left of the image without the margins, in float32. An image no larger
-        # than the margins gives scales that are infinite or negative, and one crop.
-        with np.errstate(divide="ignore"):
-            scale = (windows / np.array([height - margins, width - margins], dtype=np.float32)).min(axis=1)
-        enlarging = scale >= 1
-        best = np.where(enlarging, scale, np.inf).argmin() if enlarging.any() else scale.argmax()
-        return tilings[best]
+        return _fit_tiling(height - margins, width - margins, self._window_patches * self.image_patch_size, max_crops)
 
     def choose_tiling(
         self,
@@ -269,26 +252,12 @@ class MolmoImageProcessor(BaseImageProcessor):
     def image_input_idx(self, tiling: Sequence[int]) -> torch.Tensor:
         """Where each pooled patch goes among the tokens of its image: `(1 + rows * columns, tokens of a view)`, int64,
         counted from the image's first token, -100 for a pooled patch that its crop drops."""
-        (global_rows, global_columns), _ = self.token_grids(tiling)
-        first_of_crops = global_rows * (global_columns + 1) + 2
-        return torch.cat([self._grid_positions((1, 1), first=0), self._grid_positions(tiling, first=first_of_crops)])
+        return self._image_input_idx(tuple(tiling), torch.device("cpu")).clone()
 
-    def _grid_positions(self, tiling: Sequence[int], first: int) -> torch.Tensor:
-        """Positions (crops, tokens of a view) of the pooled patches of one grid whose start token is at `first`."""
-        length = self.image_token_length_h
-        left, right = (margin // self._pooling for margin in self.overlap_margins)
-        cell = torch.arange(length)
-        axes = []
-        for num_crops in tiling:
-            crop = torch.arange(num_crops)[:, None]
-            position = crop * (length - left - right) + cell  # (crops along the axis, length)
-            kept = ((crop == 0) | (cell >= left)) & ((crop == num_crops - 1) | (cell < length - right))
-            axes.append((position, kept))
-        (row, row_kept), (column, column_kept) = axes
-        row_length = int(column[-1, -1]) + 2  # and the column token that ends it
-        positions = first + 1 + row[:, None, :, None] * row_length + column[None, :, None, :]
-        kept = row_kept[:, None, :, None] & column_kept[None, :, None, :]
-        return torch.where(kept, positions, DROPPED_POSITION).reshape(-1, length * length)
+    def _image_input_idx(self, tiling: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """As [`~MolmoImageProcessor.image_input_idx`], on a device, and kept: not to be written to."""
+        margins = tuple(margin // self._pooling for margin in self.overlap_margins)
+        return _token_positions(self.image_token_length_h, margins, tiling, device)
 
     def preprocess(
         self,
@@ -297,6 +266,7 @@ class MolmoImageProcessor(BaseImageProcessor):
         tier: str | Sequence[str] | None = None,
         tier_crops: Mapping[str, Sequence[int]] | None = None,
         return_tensors: str | None = None,
+        device: str | torch.device | None = None,
     ) -> BatchFeature:
         """
         Cuts images into views of patches.
@@ -312,6 +282,10 @@ class MolmoImageProcessor(BaseImageProcessor):
                 Crop range of each tier.
             return_tensors (`str`, *optional*):
                 `"np"` for NumPy arrays; the outputs are PyTorch tensors otherwise.
+            device (`str` or `torch.device`, *optional*, defaults to the CPU):
+                Where images are resized and cut, and where the outputs are but `tilings`. A GPU takes the image's pixels
+                from pinned memory, and the host waits for nothing. Its pixel values differ from the CPU's by less than
+                1e-3.
 
         Returns:
             [`~transformers.BatchFeature`] with
@@ -324,8 +298,8 @@ class MolmoImageProcessor(BaseImageProcessor):
             - `tilings` (images, 2), int64: rows and columns of crops.
 
         Raises:
-            ValueError: If an image is empty or not a PIL image, the number of tiers is not that of the images, or a
-                tier or `max_crops` is not allowed.
+            ValueError: If an image is empty or not a PIL image, or its pixels cannot be read, the number of tiers is not
+                that of the images, or a tier or `max_crops` is not allowed.
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         tiers = [tier] * len(images) if tier is None or isinstance(tier, str) else list(tier)
@@ -336,111 +310,139 @@ class MolmoImageProcessor(BaseImageProcessor):
                 f"{len(tiers)} tiers are given for {len(images)} images: give one tier, or one per image."
             )
 
-        tilings = []
+        device = torch.device("cpu" if device is None else device)
+        tilings, views, masks = [], [], []
         for index, (image, image_tier) in enumerate(zip(images, tiers, strict=True)):
             if not isinstance(image, Image.Image):
                 raise ValueError(
                     f"image {index} of the batch is a {type(image).__name__}, not a PIL image: convert it, e.g. with "
                     "PIL.Image.open or PIL.Image.fromarray."
                 )
-            width, height = oriented_size(image)
             try:
-                tilings.append(self.choose_tiling(height, width, max_crops, image_tier, tier_crops))
+                width, height = oriented_size(image)
+                tiling = self.choose_tiling(height, width, max_crops, image_tier, tier_crops)
+                its_views, its_masks = self.cut(image, tiling, device)
             except ValueError as error:
                 raise ValueError(f"image {index} of the batch: {error}") from error
+            tilings.append(tiling)
+            views.append(its_views)
+            masks.append(its_masks)
 
-        # The views of an image are written to their place in the batch: at 13 of 336x336 pixels they are 18 MB, and copying
-        # them takes longer than computing them.
-        num_views = [1 + rows * columns for rows, columns in tilings]
-        pixel_values = torch.empty(
-            (len(images), max(num_views), self._view_patches**2, 3 * self.image_patch_size**2), dtype=torch.float32
-        )
-        image_masks = []
-        for image, tiling, views, count in zip(images, tilings, pixel_values, num_views, strict=True):
-            image_masks.append(self._cut(_to_rgb_tensor(image), tiling, out=views[:count]))
-            views[count:] = PADDED_VIEW_VALUE
-        image_input_idx = [self.image_input_idx(tiling) for tiling in tilings]
+        image_input_idx = [self._image_input_idx(tiling, device) for tiling in tilings]
         data = {
-            "pixel_values": pixel_values,
-            "image_masks": pad_sequence(image_masks, batch_first=True, padding_value=PADDED_VIEW_VALUE),
-            "image_input_idx": pad_sequence(image_input_idx, batch_first=True, padding_value=DROPPED_POSITION),
+            # A single image is not padded: its 13 views of 336x336 pixels are 18 MB.
+            "pixel_values": views[0][None] if len(views) == 1 else _pad(views, PADDED_VIEW_VALUE),
+            "image_masks": _pad(masks, PADDED_VIEW_VALUE),
+            "image_input_idx": _pad(image_input_idx, DROPPED_POSITION),
             "tilings": torch.tensor(tilings),
         }
         if not self.image_padding_mask:
             del data["image_masks"]
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _cut(self, image: torch.Tensor, tiling: tuple[int, int], out: torch.Tensor) -> torch.Tensor:
-        """Writes the views of an image (3, height, width) to `out` (1 + crops, patches, 3 · patch²) and returns their
-        masks (1 + crops, patches)."""
-        side = self._view_patches
-        canvas, _ = self._resize_and_pad(image, (side, side))
-        self._copy_views(canvas, (1, 1), out[:1])
-        canvas, mask = self._resize_and_pad(image, self._canvas_patches(tiling))
-        self._copy_views(canvas, tiling, out[1:])
-        masks = mask.unfold(0, side, self._window_patches).unfold(1, side, self._window_patches)
-        # The reference makes room for the global view at the wrong end, and the released weights were trained so.
-        return F.pad(masks.reshape(-1, side * side), (0, 0, 0, 1), value=PADDED_VIEW_VALUE)
+    def cut(
+        self, image: Image.Image, tiling: tuple[int, int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What [`~MolmoImageProcessor.preprocess`] gives for one image in a tiling: its pixel values and its masks, on a
+        device. The masks are kept for others of its size: not to be written to.
+        """
+        geometry = self.view_geometry
+        width, height = oriented_size(image)
+        masks = _masks(geometry, (height, width), tuple(tiling), device)
+        if device.type == "cpu":
+            return cut(rgb_pixels(image), geometry, tuple(tiling)), masks
+        return cut_on_device(upload(stored_pixels(image), device), geometry, tuple(tiling)), masks
 
-    def _copy_views(self, canvas: torch.Tensor, tiling: tuple[int, int], out: torch.Tensor) -> None:
-        """Cuts a canvas (height, width, 3) into views (crops, patches, 3 · patch²) and these into patches, in one copy."""
-        side, patch = self._view_patches, self.image_patch_size
-        view_size, step = side * patch, self._window_patches * patch
-        # (rows, columns, 3, view_size, view_size)
-        views = canvas.unfold(0, view_size, step).unfold(1, view_size, step)
-        views = views.unflatten(4, (side, patch)).unflatten(3, (side, patch)).permute(0, 1, 3, 5, 4, 6, 2)
-        out.view(*tiling, side, side, patch, patch, 3).copy_(views)
+    @property
+    def view_geometry(self) -> ViewGeometry:
+        """How images are cut."""
+        mean, std = (self.image_mean, self.image_std) if self.do_normalize else ([0.0] * 3, [1.0] * 3)
+        return ViewGeometry(
+            self._view_patches, self.image_patch_size, self._window_patches, mean=tuple(mean), std=tuple(std)
+        )
 
-    def _resize_and_pad(self, image: torch.Tensor, patches: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """An image (3, height, width) scaled into a canvas of (rows, columns) patches and centred in it: the canvas's
-        pixels (height, width, 3), and the share of each patch (rows, columns) that the image covers."""
-        patch = self.image_patch_size
-        canvas_height, canvas_width = (count * patch for count in patches)
-        # In float32, as in the published code: a size may otherwise come out one pixel larger or smaller.
-        size = np.array(image.shape[1:], dtype=np.float32)
-        scale = (np.array([canvas_height, canvas_width], dtype=np.float32) / size).min()
-        # A very long image keeps at least one row (column) of pixels.
-        height, width = np.maximum((size * scale).astype(int), 1).tolist()
-        resized = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0].clamp_(0, 1)
-        padding = torch.zeros(3)
-        if self.do_normalize:
-            mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-            resized.sub_(mean[:, None, None]).div_(std[:, None, None])
-            padding = (padding - mean) / std  # the reference pads with black before it normalises
-            # The model takes a view that holds exactly the value of padded views for one of them, so no pixel may.
-            not_padding = np.nextafter(np.float32(PADDED_VIEW_VALUE), np.float32(0.0)).item()
-            # NumPy looks for the value ten times faster, and there is none in nearly every image.
-            if (resized.numpy() == PADDED_VIEW_VALUE).any():
-                resized.masked_fill_(resized == PADDED_VIEW_VALUE, not_padding)
-            padding.masked_fill_(padding == PADDED_VIEW_VALUE, not_padding)
 
-        top, left = (canvas_height - height) // 2, (canvas_width - width) // 2
-        canvas = torch.empty((canvas_height, canvas_width, 3))
-        canvas[:top] = padding
-        canvas[top + height :] = padding
-        rows = canvas[top : top + height]
-        rows[:, :left] = padding
-        rows[:, left + width :] = padding
-        for channel, plane in enumerate(resized):  # four times faster than in one copy
-            rows[:, left : left + width, channel] = plane
-        row_pixels = _covered_pixels(top, height, patches[0], patch)
-        column_pixels = _covered_pixels(left, width, patches[1], patch)
-        return canvas, row_pixels[:, None] * column_pixels[None, :] / patch**2
+def _pad(tensors: list[torch.Tensor], value: float) -> torch.Tensor:
+    """Stacks a new batch, and fills up shorter samples with `value`."""
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+# What follows depends on few sizes, and is asked for in each request, or for each tier of each request.
+
+
+@lru_cache(maxsize=64)
+def _masks(
+    geometry: ViewGeometry, size: tuple[int, int], tiling: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    return view_masks(geometry, size, tiling).to(device)
+
+
+@lru_cache(maxsize=64)
+def _token_positions(
+    length: int, margins: tuple[int, int], tiling: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """
+    See [`MolmoImageProcessor.image_input_idx`].
+
+    Args:
+        length (`int`):
+            Pooled patches on a side of a view.
+        margins (`tuple[int, int]`):
+            Pooled patches that a crop drops on its left (top) and right (bottom) side.
+        tiling (`tuple[int, int]`):
+            Rows and columns of crops.
+        device (`torch.device`):
+            Where the positions are to be.
+    """
+    first_of_crops = length * (length + 1) + 2
+    grids = [_grid_positions(length, margins, (1, 1), 0), _grid_positions(length, margins, tiling, first_of_crops)]
+    return torch.cat(grids).to(device)
+
+
+def _grid_positions(length: int, margins: tuple[int, int], tiling: tuple[int, int], first: int) -> torch.Tensor:
+    """Positions (crops, tokens of a view) of the pooled patches of one grid whose start token is at `first`."""
+    left, right = margins
+    cell = torch.arange(length)
+    axes = []
+    for num_crops in tiling:
+        crop = torch.arange(num_crops)[:, None]
+        position = crop * (length - left - right) + cell  # (crops along the axis, length)
+        kept = ((crop == 0) | (cell >= left)) & ((crop == num_crops - 1) | (cell < length - right))
+        axes.append((position, kept))
+    (row, row_kept), (column, column_kept) = axes
+    row_length = int(column[-1, -1]) + 2  # and the column token that ends it
+    positions = first + 1 + row[:, None, :, None] * row_length + column[None, :, None, :]
+    kept = row_kept[:, None, :, None] & column_kept[None, :, None, :]
+    return torch.where(kept, positions, DROPPED_POSITION).reshape(-1, length * length)
+
+
+@lru_cache(maxsize=1024)
+def _select_tiling(height: int, width: int, min_crops: int, max_crops: int) -> tuple[int, int]:
+    def distance(tiling: tuple[int, int]) -> tuple[float, int, int]:
+        rows, columns = tiling
+        # Quotients of integers are rounded correctly, so equal ratios compare as equal.
+        mismatch = max(width * rows / (height * columns), height * columns / (width * rows))
+        return mismatch, rows * columns, rows
+
+    return min((tiling for tiling in _tilings(max_crops) if tiling[0] * tiling[1] >= min_crops), key=distance)
+
+
+@lru_cache(maxsize=1024)
+def _fit_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
+    """The tiling of at most `max_crops` windows of pixels for an image of this size, its margins left out."""
+    tilings = _tilings(max_crops)
+    windows = np.array(tilings, dtype=np.float32) * window
+    # The published code compares what is left of the image without the margins, in float32. An image no larger than
+    # the margins gives scales that are infinite or negative, and one crop.
+    with np.errstate(divide="ignore"):
+        scale = (windows / np.array([height, width], dtype=np.float32)).min(axis=1)
+    enlarging = scale >= 1
+    best = np.where(enlarging, scale, np.inf).argmin() if enlarging.any() else scale.argmax()
+    return tilings[best]
 
 
 def _tilings(max_crops: int) -> list[tuple[int, int]]:
     """All (rows, columns) of at most `max_crops` crops, those of fewer crops first, then those of fewer rows."""
     tilings = [(rows, columns) for rows in range(1, max_crops + 1) for columns in range(1, max_crops // rows + 1)]
     return sorted(tilings, key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
-
-
-def _covered_pixels(start: int, length: int, num_patches: int, patch: int) -> torch.Tensor:
-    """Pixels of each patch along one axis, out of `patch`, that lie in [start, start + length)."""
-    edges = torch.arange(num_patches + 1) * patch
-    return edges.clamp(start, start + length).diff().float()
-
-
-def _to_rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """Any PIL image as (3, height, width) float32 pixels from 0 to 1."""
-    pixels = torch.from_numpy(np.array(convert_to_rgb(image)))
-    return pixels.permute(2, 0, 1).contiguous().float().div_(255)

@@ -1,8 +1,11 @@
 """Processor of Molmo: image tokens and prompt in one sequence; and a word-level tokenizer for small Molmos."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
+from typing import Any
 
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -31,17 +34,18 @@ PROMPT_STYLES = tuple(
 class MolmoProcessor(ProcessorMixin):
     r"""
     Puts an image and a question into the sequence that Molmo reads: the beginning-of-sequence token, the tokens that
-    stand for the image (global view, then the tiled image), the prompt.
+    stand for the image (global view, then the tiled image), the prompt. What a question says is text: the name of a
+    special token in it is not that token. Tokens that are added to the tokenizer later are not known to prompts.
 
     Args:
         image_processor ([`MolmoImageProcessor`]):
             Cuts images into views.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A tokenizer that knows `<im_start>`, `<im_end>`, `<im_patch>` and `<im_col>` by name, a padding token, and
-            a beginning-of-sequence or an end-of-sequence token (which then begins the sequence, as published).
+            A fast tokenizer that knows `<im_start>`, `<im_end>`, `<im_patch>` and `<im_col>` by name, a padding token,
+            and a beginning-of-sequence or an end-of-sequence token (which then begins the sequence, as published).
 
     Raises:
-        ValueError: If the tokenizer lacks one of these tokens.
+        ValueError: If the tokenizer lacks one of these tokens, or is not a fast one.
 
     Example:
 
@@ -53,6 +57,10 @@ class MolmoProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: MolmoImageProcessor, tokenizer: PreTrainedTokenizerBase):
         super().__init__(image_processor, tokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"the tokenizer is a {type(tokenizer).__name__}: give a fast one (PreTrainedTokenizerFast)."
+            )
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in IMAGE_TOKENS[:4] if token not in vocabulary]
         if missing:
@@ -61,6 +69,16 @@ class MolmoProcessor(ProcessorMixin):
             raise ValueError("the tokenizer has no padding token: set `tokenizer.pad_token`.")
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has neither a `bos_token` nor an `eos_token` to begin a sequence with.")
+        self._image_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS[:4])))
+        # A copy, since how special tokens in a text are read is a property of the whole tokenizer.
+        self._text_tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._text_tokenizer.encode_special_tokens = True
+        self._text_tokenizer.no_padding()
+        self._text_tokenizer.no_truncation()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._text_tokenizer.encode_special_tokens = True  # a copied or pickled tokenizer has forgotten it
 
     @property
     def model_input_names(self) -> list[str]:
@@ -92,14 +110,42 @@ class MolmoProcessor(ProcessorMixin):
             raise ValueError(f"`style` is {style!r}: Molmo was trained with {', '.join(PROMPT_STYLES)}.")
         return PROMPT.format(style=style, question=question)
 
+    def prompt_ids(self, question: str, style: str = "vqa2") -> list[int]:
+        """
+        Ids of the tokens of a question's prompt ([`~MolmoProcessor.format_prompt`]), without the beginning of the
+        sequence and the image.
+
+        Args:
+            question (`str`):
+                The bare question.
+            style (`str`, *optional*, defaults to `"vqa2"`):
+                Answer style: one of `PROMPT_STYLES`.
+
+        Raises:
+            ValueError: If Molmo does not know the style.
+        """
+        return self.prompt_tokens(question, style)[0]
+
+    def prompt_tokens(self, question: str, style: str = "vqa2") -> tuple[list[int], slice]:
+        """As [`~MolmoProcessor.prompt_ids`], and which of the tokens are the question's. Special tokens in a text are text."""
+        prompt = self.format_prompt(question, style)
+        encoding = self._text_tokenizer.encode(prompt, add_special_tokens=False)
+        start = len(PROMPT.partition("{question}")[0].format(style=style))
+        end = start + len(question.rstrip())
+        start += len(question) - len(question.lstrip())
+        # A token may begin with the blank before a word.
+        places = [place for place, (first, last) in enumerate(encoding.offsets) if last > start and first < end]
+        return encoding.ids, slice(places[0], places[-1] + 1) if places and end > start else slice(0, 0)
+
+    def question_ids(self, question: str) -> list[int]:
+        """Ids of the tokens of a question as it stands in its prompt."""
+        ids, of_question = self.prompt_tokens(question)
+        return ids[of_question]
+
     def image_layout_ids(self, tiling: Sequence[int]) -> list[int]:
         """Ids of the tokens that stand for an image of this tiling: for the global view, then for the tiled image,
         start, patches with a column token after each row, end."""
-        start, end, patch, column = self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS[:4]))
-        grids = self.image_processor.token_grids(tiling)
-        return list(
-            chain.from_iterable([start, *([patch] * columns + [column]) * rows, end] for rows, columns in grids)
-        )
+        return list(_image_layout_ids(self.image_processor.token_grids(tiling), self._image_token_ids))
 
     def count_vision_tokens(
         self,
@@ -161,8 +207,7 @@ class MolmoProcessor(ProcessorMixin):
             raise ValueError(
                 f"{len(styles)} styles are given for {len(questions)} questions: give one style, or one per question."
             )
-        prompts = [self.format_prompt(*prompt) for prompt in zip(questions, styles, strict=True)]
-        prompt_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        prompt_ids = [self.prompt_ids(*prompt) for prompt in zip(questions, styles, strict=True)]
 
         image_features: dict = {}
         image_ids: list[list[int]] = [[] for _ in questions]
@@ -176,14 +221,33 @@ class MolmoProcessor(ProcessorMixin):
             image_ids = [self.image_layout_ids(tiling) for tiling in image_features.pop("tilings").tolist()]
 
         sequences = [[self.bos_token_id, *image, *prompt] for image, prompt in zip(image_ids, prompt_ids, strict=True)]
-        batch = self.tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
-        data = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **image_features}
+        length = max(map(len, sequences))
+        paddings = [length - len(sequence) for sequence in sequences]
+        pad_token_id = self.tokenizer.pad_token_id
+        data = {
+            "input_ids": torch.tensor(
+                [[pad_token_id] * padding + ids for padding, ids in zip(paddings, sequences, strict=True)]
+            ),
+            "attention_mask": torch.tensor([[0] * padding + [1] * (length - padding) for padding in paddings]),
+            **image_features,
+        }
         if images is not None:
             # The image's first token follows the padding and the beginning-of-sequence token.
-            first = (batch["attention_mask"] == 0).sum(dim=1)[:, None, None] + 1
+            first = torch.tensor(paddings)[:, None, None] + 1
             positions = data["image_input_idx"]
             data["image_input_idx"] = positions.where(positions < 0, positions + first)
         return BatchFeature(data, tensor_type=return_tensors)
+
+
+@lru_cache(maxsize=64)
+def _image_layout_ids(
+    grids: tuple[tuple[int, int], ...], image_token_ids: tuple[int, int, int, int]
+) -> tuple[int, ...]:
+    """See [`MolmoProcessor.image_layout_ids`]: by the rows and columns of patches of the two grids, and the ids of start,
+    end, patch and column tokens."""
+    start, end, patch, column = image_token_ids
+    rows_of_grids = (([patch] * columns + [column]) * rows for rows, columns in grids)
+    return tuple(chain.from_iterable([start, *tokens, end] for tokens in rows_of_grids))
 
 
 def build_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..executor import Executor
 from ..knobs import KnobSetting
+from ..latency.latency_estimator import ModelLatencies
 from ..molmo.knob_space import TIERS
 from ..outcomes import Outcome
 
@@ -69,9 +70,9 @@ class OriginalLatencyEstimatorConfig(PreTrainedConfig):
     decode_std: float = 1.0
 
 
-class OriginalLatencyEstimatorModel(PreTrainedModel):
+class OriginalLatencyEstimatorModel(ModelLatencies, PreTrainedModel):
     """
-    Predicts what a request costs at batch 1, by the network that the original scripts trained: a
+    Predicts what the model's stages of a request cost at batch 1, by the network that the original scripts trained: a
     [`~latency.LatencyEstimator`] over the knobs `tier`, `top_k` and `num_blocks`. Made by
     [`read_original_latency_estimator`].
 

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from ..data.registry import VQA_DATASETS
 from ..data.schema import FEATURES
+from ..executor import MODEL_SCOPE
 from ..knobs import KnobSetting, KnobSpace
 from ..latency.profile_table import MACHINE_COLUMNS, UNKNOWN, load_profile, make_profile, save_profile
 from ..outcomes import Outcome, OutcomeStore
@@ -23,8 +24,7 @@ from .layout import dataset_name_of, find_dataset_folders, metric_of, read_origi
 EXECUTOR_TYPE = "molmo"
 """Model type of the executor that the original scripts measured."""
 COUNT_NAMES = ("num_views", "vision_tokens", "text_tokens")
-STAGE_NAMES = ("image_processing", "vision", "llm_prefill")
-"""Its stages up to the first output token."""
+"""Counts that they recorded: all that the stages of the model depend on."""
 STAGE_COLUMNS = ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")
 """Columns of the profile with the stages that the original scripts measured."""
 
@@ -169,7 +169,7 @@ def import_original_results(
         "executor_type": EXECUTOR_TYPE,
         "executor_fingerprint": store.executor_fingerprint,
         "knob_space": json.dumps(space.to_dict()),
-        "stage_names": json.dumps(STAGE_NAMES),
+        "latency_scope": MODEL_SCOPE,
         "num_repeats": 1,
         **(machine or {}),
     }

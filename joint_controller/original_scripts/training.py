@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..data import SkippedRows
 from ..data.row_checks import keep_good_rows
-from ..executor import FeatureSource, load_executor
+from ..executor import MODEL_SCOPE, REQUEST_SCOPE, FeatureSource, load_executor
 from ..knobs import KnobSetting, KnobSpace, parse_knob_values
 from ..latency import LatencyEstimator, RecordedLatencies, fit_latency_estimator, read_latency_estimator
 from ..outcomes import RecordedOutcomes
@@ -44,6 +44,10 @@ def set_up_from_results(
     which makes the output folder and its log, is called when what can be refused has been.
     """
     inputs = _resolve_inputs(args, original_args)
+    if args.latency_scope == REQUEST_SCOPE:
+        raise ValueError(
+            f"recorded results say what the model's stages took, not whole requests: leave `latency_scope` {REQUEST_SCOPE} out."
+        )
     set_num_threads(args)
     results = load_recorded_results(original_args.results_dir, args.dataset_names or None)
     chosen = parse_knob_values(args.knob_values)
@@ -61,7 +65,7 @@ def set_up_from_results(
         test_dataset=splits["test"],
         source="recorded results",
         dataset_names=results.dataset_names,
-        latencies="those that were recorded" if args.latency_estimator_path is None else "estimates",
+        latencies="as they were recorded" if args.latency_estimator_path is None else "estimated",
         outcomes_are_known=True,
         skipped_rows=skipped_rows,
         **inputs,
@@ -171,7 +175,7 @@ def _load_latencies(args: "TrainArguments", results: RecordedResults) -> Latency
         return RecordedLatencies()
     if args.latency_estimator_path == FIT:
         return fit_latency_estimator(results.profile)[0]
-    return read_latency_estimator(args.latency_estimator_path)
+    return read_latency_estimator(args.latency_estimator_path, MODEL_SCOPE)
 
 
 def _log_inputs(args: "TrainArguments", original_args: OriginalArguments, setup: TrainingSetup):

@@ -7,6 +7,8 @@ from transformers.hf_argparser import HfArg
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..executor import Executor
     from ..knobs import KnobSpace
     from ..latency import LatencyEstimator
@@ -34,8 +36,15 @@ class ExecutorArguments:
         default=None,
         help="Folder, Hub name or shipped name of a latency estimator, or a best_latency_estimator.pt of the original "
         "scripts; `fit` measures the executor on this machine and fits one first (about a minute). By default the "
-        "one that ships with the package for this executor and this device; that of the embedded executor, measured "
-        "on one thread of a CPU, is taken on any device.",
+        "one that ships with the package for this executor, this device and this way of running it; that of the embedded "
+        "executor, measured on one thread of a CPU, is taken however it runs here.",
+    )
+    latency_scope: str | None = HfArg(
+        default=None,
+        help="What budgets and latencies are of: `request`, all that a request costs by the clock, from the image in memory "
+        "to the answer, or `model`, the stages of the model alone, as earlier versions counted. Default: request; for "
+        "recorded results, which know no other, model; in a sweep, what the controller was trained for.",
+        metadata={"choices": ["request", "model"]},
     )
     knob_values: dict | str | list[str] | None = HfArg(
         default=None,
@@ -103,25 +112,33 @@ def load_executor_from(
 def load_latency_estimator(args: ExecutorArguments, executor: "Executor") -> "LatencyEstimator":
     """
     Loads the latency estimator that `latency_estimator_path` names (any value but `fit`), by default the one that ships
-    for the executor, and checks that it is of this executor.
+    for the executor, in the scope that is asked for, and checks that it is of this executor.
     """
-    from ..executor import EMBEDDED
-    from ..latency import embedded_latency_estimator_path, read_latency_estimator, shipped_latency_estimators
-    from ..latency.profiling import device_name
+    from ..executor import EMBEDDED, REQUEST_SCOPE
+    from ..latency import embedded_latency_estimator_path, read_latency_estimator
 
     path = args.latency_estimator_path
-    if path is None and args.model_path == EMBEDDED:
-        path = embedded_latency_estimator_path()
-    elif path is None:
-        shipped = shipped_latency_estimators(executor)
-        device = device_name(executor.device)
-        if device not in shipped:
-            what_ships = f"one ships for {', '.join(shipped)}; " if shipped else ""
-            raise ValueError(
-                f"no latency estimator for the executor '{args.model_path}' on {device}: {what_ships}give "
-                f"`--latency_estimator_path {FIT}` to measure this machine first, or the folder of an estimator."
-            )
-        path = shipped[device]
-    estimator = read_latency_estimator(path)
+    if path is None:
+        is_embedded = args.model_path == EMBEDDED
+        path = embedded_latency_estimator_path() if is_embedded else _find_shipped(args.model_path, executor)
+    estimator = read_latency_estimator(path, args.latency_scope or REQUEST_SCOPE)
     estimator.check_executor(executor)
     return estimator
+
+
+def _find_shipped(model_path: str, executor: "Executor") -> "Path":
+    """Folder of the estimator that ships for an executor as it runs here."""
+    from ..latency import read_latency_estimator, shipped_latency_estimators
+    from ..latency.way_of_running import WayOfRunning
+
+    here, shipped = WayOfRunning.of(executor), shipped_latency_estimators(executor)
+    problem = f"one ships for {', '.join(shipped)}; " if shipped else ""
+    if here.device_name in shipped:
+        differing = read_latency_estimator(shipped[here.device_name]).way.incomparable(here)
+        if not differing:
+            return shipped[here.device_name]
+        problem = f"the one that ships is of another way of running ({differing}); "
+    raise ValueError(
+        f"no latency estimator for the executor '{model_path}' on {here.device_name}: {problem}give "
+        f"`--latency_estimator_path {FIT}` to measure this machine first, or the folder of an estimator."
+    )

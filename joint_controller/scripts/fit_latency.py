@@ -82,7 +82,6 @@ def main(args: FitLatencyArguments):
 def _recalibrate(args: FitLatencyArguments, profile: "Dataset", output_dir: Path):
     from ..latency import LatencyEstimatorModel, read_latency_estimator
     from ..latency.fit_report import (
-        RECALIBRATION_HEADINGS,
         format_markdown_table,
         format_model_card,
         format_recalibration_rows,
@@ -97,9 +96,9 @@ def _recalibrate(args: FitLatencyArguments, profile: "Dataset", output_dir: Path
         )
     model, held_out = fit_recalibration(base, profile, args.num_folds, args.seed)
     errors = recalibration_errors(base, profile, args.recalibration_sizes, seed=args.seed)
-    rows = format_recalibration_rows(errors)
+    headings, *rows = format_recalibration_rows(errors)
     plot_recalibration(errors, output_dir)
-    _print_table("Error after recalibration, by measurements used", RECALIBRATION_HEADINGS, rows)
+    _print_table("Error after recalibration, by measurements used", headings, rows)
     if any("-" in row for row in rows):
         print("-: too few other measurements are left to measure the error on. Profile more.")
     section = f"""
@@ -108,7 +107,7 @@ def _recalibrate(args: FitLatencyArguments, profile: "Dataset", output_dir: Path
 The estimator of {base.config.device_name}, as it is (none) and adapted with some of the measurements, on measurements that
 share neither setting nor input with those: mean over {errors["draws"]} draws, the largest in brackets.
 
-{format_markdown_table(RECALIBRATION_HEADINGS, rows)}
+{format_markdown_table(headings, rows)}
 """
     report = {**model.config.held_out, "recalibration": errors}
     return model, held_out, report, format_model_card(model, section)

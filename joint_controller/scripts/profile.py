@@ -1,5 +1,5 @@
 """
-Times the executor's stages on this machine over its knob settings, at batch 1.
+Times whole requests on this machine, stage by stage, over the executor's knob settings, at batch 1.
 
 ```bash
 joint-controller profile --output_dir outputs/profile --report true
@@ -19,7 +19,6 @@ from .executor_arguments import set_num_threads
 
 
 if TYPE_CHECKING:
-    from ..controller import RequestController
     from ..executor import Executor
 
 
@@ -81,8 +80,8 @@ class ProfileArguments(DatasetArguments):
     max_new_tokens: int = HfArg(default=16, help="Most tokens of an answer with `free_decoding`.")
     time_limit_s: float | None = HfArg(
         default=None,
-        help="Seconds that measuring may take: if it would take longer, a spread-out subset is measured. Counts for each "
-        "profile and each run of an interrupted one.",
+        help="Seconds that measuring may take, after a warm-up: if it would take longer, a spread-out subset is measured. "
+        "Counts for each profile and each run of an interrupted one.",
     )
     check_repeatability: bool = HfArg(
         default=False,
@@ -170,7 +169,6 @@ def _measure(args: ProfileArguments, folders: list[Path]):
             decode_steps=None if args.free_decoding else args.decode_steps,
             num_measurements=num_measurements,
             time_limit_s=args.time_limit_s,
-            controller=_new_controller(executor),
             journal_folder=folder,
             seed=args.seed,
         )
@@ -201,15 +199,6 @@ def _load_executor(args: ProfileArguments) -> "Executor":
         max_new_tokens=args.max_new_tokens,
         mode=args.executor_mode,
     )
-
-
-def _new_controller(executor: "Executor") -> "RequestController":
-    """A controller for the executor: an untrained one takes as long as a trained one."""
-    from ..controller import JointControllerConfig, JointControllerModel, RequestController
-
-    sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
-    config = JointControllerConfig(knob_space=executor.knob_space.to_dict(), **sizes)
-    return RequestController(JointControllerModel(config).to(executor.device))
 
 
 def _push(repo_id: str, folder: Path):

@@ -86,7 +86,8 @@ def main(args: SweepArguments):
         sweep_budgets,
         sweep_to_dataset,
     )
-    from ..latency import Guardrail
+    from ..latency import Guardrail, read_latency_estimator
+    from ..latency.latency_estimator import SCOPE_IN_WORDS
     from ..outcomes import OutcomeCollector, OutcomeStore
     from ..rewards import resolve_rewards
     from ..trainer.joint_grpo_trainer import LATENCY_ESTIMATOR_FOLDER
@@ -114,8 +115,10 @@ def main(args: SweepArguments):
         rewards = resolve_rewards(list(controller.config.rewards), weights)
     else:
         rewards = resolve_rewards(args.reward_funcs, args.reward_weights)
-    if args.latency_estimator_path is None and (folder / LATENCY_ESTIMATOR_FOLDER).is_dir():
-        args.latency_estimator_path = str(folder / LATENCY_ESTIMATOR_FOLDER)
+    trained_with = folder / LATENCY_ESTIMATOR_FOLDER
+    if trained_with.is_dir():
+        args.latency_estimator_path = args.latency_estimator_path or str(trained_with)
+        args.latency_scope = args.latency_scope or read_latency_estimator(trained_with).latency_scope
     executor = load_executor_from(args, knob_space=controller.knob_space)
     latency_estimator = load_latency_estimator(args, executor)
     controllers = [ControllerPolicy(controller.to(executor.device), executor)]
@@ -145,7 +148,9 @@ def main(args: SweepArguments):
     console = Console()
     if skipped_rows:
         console.print(skipped_rows.summary())
-    console.print(format_sweep_table(rows, f"{len(samples)} samples of {', '.join(args.dataset_names)}"))
+    scope = SCOPE_IN_WORDS[latency_estimator.latency_scope]
+    title = f"{len(samples)} samples of {', '.join(args.dataset_names)}; latencies of {scope}"
+    console.print(format_sweep_table(rows, title))
     console.print(f"The table is in {output_file}, the picture in {SWEEP_PICTURE_FILE} next to it.")
 
 

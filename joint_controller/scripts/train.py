@@ -117,6 +117,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
 
     from ..controller import JointControllerConfig, JointControllerModel
     from ..executor import EMBEDDED
+    from ..latency.latency_estimator import SCOPE_IN_WORDS
     from ..rewards import resolve_rewards, reward_names
     from ..trainer import JointGRPOTrainer
     from ..trainer.latency_budgets import resolve_latency_budgets
@@ -157,7 +158,8 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
     set_seed(training_args.seed)
     budgets = resolve_latency_budgets(training_args, outcomes, latency_estimator, setup.train_dataset)
     logger.info(
-        "Budgets: %.1f to %.1f ms. Latency: %.1f ms at the full setting, %.1f ms at the cheapest.",
+        "Latencies are those of %s. Budgets: %.1f to %.1f ms. Latency: %.1f ms at the full setting, %.1f ms at the cheapest.",
+        SCOPE_IN_WORDS[latency_estimator.latency_scope],
         budgets.minimum_ms,
         budgets.maximum_ms,
         budgets.full_setting_ms,
@@ -177,6 +179,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
             latency_budget_max_ms=budgets.maximum_ms,
             stage1_inputs=setup.stage1_inputs,
             stage2_inputs=setup.stage2_inputs,
+            max_new_tokens=setup.max_new_tokens,
             rewards=reward_names(rewards),
             **sizes,
         )
@@ -340,6 +343,7 @@ def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup, trai
         mean_over_budgets,
         sweep_to_dataset,
     )
+    from ..latency.latency_estimator import SCOPE_IN_WORDS
     from ..trainer.model_card import format_model_card
 
     sweep_to_dataset(rows).to_parquet(output_dir / SWEEP_FILE)
@@ -358,7 +362,7 @@ def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup, trai
         setup.outcomes.knob_space,
         setup.source,
         setup.dataset_names,
-        setup.latencies,
+        f"those of {SCOPE_IN_WORDS[setup.latency_estimator.latency_scope]}, {setup.latencies}",
         f"The best static setting of each budget was chosen on training samples.\n\n{format_sweep_markdown(rows)}\n\n"
         f"![Accuracy against mean latency]({SWEEP_PICTURE_FILE})",
     )

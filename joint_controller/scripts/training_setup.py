@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from ..data import SkippedRows, take_rows
 from ..evaluation.scoring import score_answer
-from ..executor import Executor
+from ..executor import REQUEST_SCOPE, Executor
 from ..latency import LatencyEstimator, LatencyEstimatorModel, fit_latency_estimator
 from ..latency.profiling import profile_executor
 from ..outcomes import OutcomeCollector, OutcomeSource, OutcomeStore
@@ -45,7 +45,8 @@ class TrainingSetup:
     stage2_inputs: str
     source: str  # what the outcomes come from, in words
     dataset_names: list[str]
-    latencies: str = "estimates"  # what they are, in words
+    latencies: str = "estimated"  # where they come from, in words
+    max_new_tokens: int | None = None  # what answers are limited to, where an executor gives them
     outcomes_are_known: bool = (
         False  # whether every one can be looked up, so that looking at all of them costs nothing
     )
@@ -77,6 +78,7 @@ def set_up_from_executor(
         logger.warning(skipped_rows.summary())
     if args.latency_estimator_path == FIT:
         latency_estimator = _measure_executor(executor, train_dataset, output_dir / "latency_estimator")
+        latency_estimator = latency_estimator.in_scope(args.latency_scope or REQUEST_SCOPE)
     else:
         latency_estimator = load_latency_estimator(args, executor)
     store = OutcomeStore(args.outcomes_dir or output_dir / "outcomes", executor.fingerprint, executor.knob_space)
@@ -92,6 +94,7 @@ def set_up_from_executor(
         stage2_inputs=args.stage2_inputs or "image_question_and_budget",
         source=f"`{args.model_path}`",
         dataset_names=args.dataset_names,
+        max_new_tokens=executor.max_new_tokens,
         skipped_rows=skipped_rows,
     )
 
@@ -104,9 +107,9 @@ def _measure_executor(
         logger.info("Measuring the executor on this machine to fit a latency estimator.")
         inputs = take_rows(train_dataset, NUM_PROFILED_INPUTS)
         estimator, report = fit_latency_estimator(profile_executor(executor, inputs, time_limit_s=45))
-        errors = {stage: 100 * report[stage]["mape"] for stage in ("prefill", "decode")}
-        logger.info("Held-out error of the estimator: prefill %(prefill).1f %%, decode %(decode).1f %%.", errors)
-        if max(errors.values()) > 100 * LARGE_ERROR:
+        error = report["total"]["mape"]
+        logger.info("Held-out error of the estimator: %.1f %% of whole requests.", 100 * error)
+        if error > LARGE_ERROR:
             logger.warning("That is a lot: is the machine busy with something else?")
         estimator.save_pretrained(folder)
     estimator = LatencyEstimatorModel.from_pretrained(folder)

@@ -23,7 +23,7 @@ def format_model_card(
         dataset_names (`Sequence[str]`, *optional*):
             Data sets that it was trained on.
         latencies (`str`, *optional*):
-            Where latencies come from, in words.
+            What latencies are, in words, e.g. `"those of whole requests, estimated"`.
         evaluation (`str`, *optional*):
             Results, as Markdown.
 

@@ -6,6 +6,7 @@ import pytest
 
 from joint_controller.benchmarks.executor import MOLMOE_CASES, BenchExecutorArguments, main
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.request_path import RequestPath
 
 
 def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
@@ -38,26 +39,29 @@ def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
     for way in ("", "stock_"):
         assert 0 < agreement[f"{way}relative_difference_of_logits_max"] < 1e-4
     assert results["memory"]["requests"] == 2
+    for row in results["whole_requests"]:
+        parts = [row[stage] for stage in ("overhead", "controller", "image_processing", "vision", "llm_prefill")]
+        assert min(parts) > 0 and row["ratio"] > 1 and row["by the clock"] == pytest.approx(sum(parts), rel=0.5)
     assert "batched answering" in capsys.readouterr().out
 
 
 def test_batches_are_compared_with_answers_of_as_many_tokens(monkeypatch):
     answered, timed = {}, {}
-    run, time_request = MolmoExecutor.run, MolmoExecutor.time_request
+    run, time_request = MolmoExecutor.run, RequestPath.time
 
     def recorded_run(executor, requests, *args, **kwargs):
         outputs = run(executor, requests, *args, **kwargs)
         answered.update({(output.sample_id, output.setting): output.output_tokens for output in outputs})
         return outputs
 
-    def recorded_time_request(executor, request, *args, **kwargs):
-        times = time_request(executor, request, *args, **kwargs)
-        if executor.mode == "plain" and not request.sample_id.startswith("case/"):
+    def recorded_time_request(path, request, *args, **kwargs):
+        times = time_request(path, request, *args, **kwargs)
+        if path.executor.mode == "plain" and not request.sample_id.startswith("case/"):
             timed[request.sample_id, request.setting] = 1 + len(times.decode_ms)
         return times
 
     monkeypatch.setattr(MolmoExecutor, "run", recorded_run)
-    monkeypatch.setattr(MolmoExecutor, "time_request", recorded_time_request)
+    monkeypatch.setattr(RequestPath, "time", recorded_time_request)
     main(BenchExecutorArguments(device="cpu", repeats=1, stock_repeats=1, num_requests=6, grid_repeats=0))
     assert len(timed) == 6 and timed.items() <= answered.items()
     assert min(timed.values()) < 8, "no answer ends before the limit: the test shows nothing"

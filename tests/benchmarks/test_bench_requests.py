@@ -1,11 +1,14 @@
 """Requests of benchmarks have the crops and the tokens that are asked for, in the words of the executor's tokenizer."""
 
+from dataclasses import replace
+
 import pytest
 
 from joint_controller.benchmarks.executor_checks import measure_grid
-from joint_controller.benchmarks.requests import RememberingProcessor, RequestMaker
+from joint_controller.benchmarks.requests import RequestMaker, remember_images
 from joint_controller.molmo.executor import MolmoExecutor
-from joint_controller.molmo.knob_space import build_knob_space, tier_crops_of
+from joint_controller.molmo.knob_space import build_knob_space
+from joint_controller.request_path import RequestPath
 
 
 SPACE = build_knob_space({"low": (1, 1), "high": (5, 9)}, top_k=(1, 2), num_blocks=(4,))
@@ -26,7 +29,7 @@ def maker(executor):
 def test_a_request_has_as_many_crops_and_tokens_as_asked_for(executor, maker, tier, num_crops, num_tokens):
     setting = next(setting for setting in SPACE if setting["tier"] == tier)
     request = maker.make("one", setting, num_crops, num_tokens, seed=1)
-    times = executor.time_request(request, repeats=1, warmup=0, decode_steps=1)
+    times = RequestPath(executor).time(request, repeats=1, warmup=0, decode_steps=1)
     assert times.counts["num_views"] == 1 + num_crops
     length = times.counts["vision_tokens"] + times.counts["text_tokens"]
     assert length == num_tokens if num_tokens else len(request.question.split()) == 5
@@ -49,18 +52,16 @@ def test_mixed_requests_are_of_all_tiers_and_each_sample_has_one_image_a_tier(ma
     assert [one.question for one in requests] != [one.question for one in maker.mixed(40, 5, "other")]
 
 
-def test_an_image_is_processed_once_for_a_question_at_a_tier(executor, maker):
-    processor = RememberingProcessor(executor.processor)
+def test_an_image_is_cut_once_for_a_question_at_a_tier(executor, maker):
     request = maker.make("one", SPACE.full, 9, 0, seed=1)
-
-    def process(question, tier):
-        return processor(images=request.image, text=question, tier=tier, tier_crops=tier_crops_of(SPACE))
-
-    first = process("a", "high")
-    assert process("a", "high") is first
-    assert process("a star", "high")["input_ids"].shape[1] == first["input_ids"].shape[1] + 1
-    assert process("a", "low")["pixel_values"].shape[1] == 2
-    assert processor.tokenizer is executor.processor.tokenizer
+    with remember_images(executor):
+        prepare = executor.encoder.prepare
+        first = prepare(request, request.image, "high")
+        assert prepare(request, request.image, "high") is first
+        other = prepare(replace(request, question="a star"), request.image, "high")
+        assert other.counts["text_tokens"] == first.counts["text_tokens"] - 3
+        assert prepare(request, request.image, "low").counts["num_views"] == 2
+    assert executor.encoder.prepare(request, request.image, "high") is not first
 
 
 def test_the_grid_compares_every_pair_of_neighbours_of_an_executor(executor, maker):

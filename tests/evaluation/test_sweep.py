@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from molmo_knobs import molmo_setting, molmo_space
 from PIL import Image
 
@@ -70,14 +71,15 @@ def latency_estimator():
         LatencyEstimatorConfig(
             executor_type="molmo",
             fitted_knobs={name: list(v) for name, v in SPACE.values.items()},
-            upper_quantiles={"total": {"0.95": 1.5}},
+            latency_scope="model",
+            upper_quantiles={"model": {"0.95": 1.5}},
         )
     )
-    model.vision_coefficients.data[1] = 1.0
-    model.llm_prefill_coefficients.data[1] = 1.0
-    model.decode_coefficients.data[2] = 1.0
-    for stage in ("vision", "llm_prefill", "decode"):
-        model.get_parameter(f"{stage}_units").data[:, :-1] = 1.0  # steps of no height: the factor is 1
+    for stage, feature in (("vision", 1), ("llm_prefill", 1), ("decode", 2)):
+        coefficients, units = (torch.zeros_like(values) for values in model.stage_parameters(stage))
+        coefficients[feature] = 1.0
+        units[:, :-1] = 1.0  # steps of no height: the factor is 1
+        model.set_stage_parameters(stage, coefficients, units)
     return model
 
 

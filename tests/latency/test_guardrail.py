@@ -28,7 +28,7 @@ def estimator(executor):
     config = LatencyEstimatorConfig(
         executor_type="molmo",
         fitted_knobs={name: list(values) for name, values in SPACE.values.items()},
-        upper_quantiles={"total": QUANTILES},
+        upper_quantiles={"request": QUANTILES},
         executor_shape=executor.shape,
     )
     model = LatencyEstimatorModel(config)
@@ -85,18 +85,18 @@ def test_what_fits_is_what_is_predicted_below_the_budget(executor, estimator):
 
 @pytest.mark.slow
 def test_one_request_takes_no_time(executor, estimator):
-    """Less than a millisecond, at the fastest: other processes may share the core."""
+    """Half a millisecond, at the fastest: other processes may share the core."""
     guardrail, request = Guardrail(estimator, executor), make_requests()[:1]
     seconds = []
     for _ in range(100):
         started = time.perf_counter()
         settings_that_fit(guardrail.predict_latency_ms(request), 10.0)
         seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.001
+    assert min(seconds) < 0.0005
 
 
 def test_estimators_that_cannot_promise_are_refused(executor, estimator):
-    with pytest.raises(ValueError, match=r"no quantile 0.8 of 'total' \(it has \['0.9', '0.95', '0.99'\]\)"):
+    with pytest.raises(ValueError, match=r"no quantile 0.8 \(it has \['0.9', '0.95', '0.99'\]\)"):
         Guardrail(estimator, executor, 0.8)
     config = LatencyEstimatorConfig(
         **{**estimator.config.to_dict(), "fitted_knobs": {"top_k": [1, 2], "num_blocks": [2, 4]}}
@@ -107,3 +107,19 @@ def test_estimators_that_cannot_promise_are_refused(executor, estimator):
         Guardrail(narrow, executor)
     with pytest.raises(ValueError, match="recorded latencies say nothing about other requests"):
         Guardrail(RecordedLatencies(), executor)
+
+
+def test_without_a_quantile_latencies_are_predicted_and_nothing_is_promised(executor, estimator):
+    guardrail, request = Guardrail(estimator, executor, None), make_requests()[0]
+    assert guardrail.upper_ratio is None and Guardrail(estimator, executor, 0.9).upper_ratio == pytest.approx(
+        QUANTILES["0.9"]
+    )
+    prediction = guardrail.predict([request])
+    for number, setting in enumerate(SPACE):
+        counts = executor.count_inputs(request, [setting])
+        for output_tokens in (1, executor.max_new_tokens):
+            [expected] = estimator.predict_latency_ms([setting], counts, [output_tokens]).tolist()
+            assert prediction.typical_ms(0, number, output_tokens) == pytest.approx(expected, rel=1e-6)
+    assert (guardrail.predict_latency_ms([request]) == 0).all()
+    too_long = replace(request, question="star " * 1000)
+    assert guardrail.predict_latency_ms([too_long]).isinf().all()

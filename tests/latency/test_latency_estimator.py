@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from synthetic_profile import WAY
 from transformers import AutoConfig, AutoModel
 
 from joint_controller import KnobSetting, LatencyEstimatorConfig, LatencyEstimatorModel
-from joint_controller.executor import DECODE
-from joint_controller.latency import load_profile
+from joint_controller.executor import DECODE, OVERHEAD
+from joint_controller.latency import RecordedLatencies, load_profile, read_latency_estimator
 from joint_controller.latency.fit_report import format_model_card
 from joint_controller.latency.fitting import (
     fit_coefficients,
@@ -26,6 +27,7 @@ from joint_controller.latency.fitting import (
 from joint_controller.latency.modeling_latency_estimator import learned_factor
 from joint_controller.latency.profile_table import PROFILE_FILE
 from joint_controller.latency.profile_table import make_profile as make_profile_table
+from joint_controller.latency.way_of_running import WayOfRunning
 from joint_controller.molmo import MolmoConfig
 from joint_controller.molmo.knob_space import build_knob_space
 from joint_controller.molmo.shape import molmo_shape
@@ -34,8 +36,10 @@ from joint_controller.outcomes import Outcome
 
 CROPS = {"low": (1, 1), "medium": (4, 4), "high": (9, 9)}
 SPACE = build_knob_space(CROPS, top_k=(1, 2, 4, 8), num_blocks=(4, 5, 6, 8))
-COUNT_NAMES = ("num_views", "vision_tokens", "text_tokens")
 VIEWS = {"low": 2, "medium": 5, "high": 10}
+OVERHEAD_COEFFICIENTS = (0.3, 2e-3)
+CONTROLLER_MS = 0.6
+IMAGE_PROCESSING_COEFFICIENTS = (0.2, 4e-5, 0.5)
 VISION_COEFFICIENTS = (0.4, 1.1)
 LLM_PREFILL_COEFFICIENTS = (0.9, 0.5, 4e-3, 2e-3, 5e-6)
 DECODE_COEFFICIENTS = (0.3, 0.6, 0.05, 2e-4)
@@ -53,16 +57,36 @@ def true_times(setting, num_views, num_tokens):
     return vision, llm_prefill, constant + num_blocks * (per_block + per_expert * top_k + cache * num_tokens)
 
 
-def make_profile(num_inputs=8, noise=0.02, outliers=0.0, seed=0, space=SPACE):
-    """A profile whose times are `true_times` times a log-normal factor; a share of `outliers` took three times as long."""
-    generator = torch.Generator().manual_seed(seed)
+def preparation_times(image_pixels, num_views, num_tokens):
+    """What comes before: (overhead_ms, controller_ms, image_processing_ms)."""
+    constant, per_pixel, per_view = IMAGE_PROCESSING_COEFFICIENTS
+    overhead = OVERHEAD_COEFFICIENTS[0] + OVERHEAD_COEFFICIENTS[1] * num_tokens
+    return overhead, CONTROLLER_MS, constant + per_pixel * image_pixels + per_view * num_views
+
+
+def make_profile(num_inputs=8, noise=0.02, outliers=0.0, seed=0, space=SPACE, latency_scope="request"):
+    """
+    A profile whose times are those of the formulas times a log-normal factor; a share of `outliers` took three times as
+    long. In the scope of the model, what comes before is unknown, and all else the same.
+    """
+    generators = [torch.Generator().manual_seed(seed + part) for part in (0, 1000)]
+
+    def disturbed(times, generator):
+        factors = torch.exp(noise * torch.randn(3, generator=generator))
+        factors = torch.where(torch.rand(3, generator=generator) < outliers, 3 * factors, factors)
+        return (torch.tensor(times) * factors).tolist()
+
     rows = []
     for setting, number in itertools.product(space, range(num_inputs)):
         num_views = VIEWS[setting["tier"]]
         vision_tokens, text_tokens = 14 * num_views + 5 * (number % 3), 8 + number
-        factors = torch.exp(noise * torch.randn(3, generator=generator))
-        factors = torch.where(torch.rand(3, generator=generator) < outliers, 3 * factors, factors)
-        times = torch.tensor(true_times(setting, num_views, vision_tokens + text_tokens)) * factors
+        image_pixels, num_tokens = 2000 * (1 + number * 3 % num_inputs), vision_tokens + text_tokens
+        model = disturbed(true_times(setting, num_views, num_tokens), generators[0])
+        row = dict(zip(("vision_ms", "llm_prefill_ms", "decode_ms_per_token"), model, strict=True))
+        if latency_scope == "request":
+            before = disturbed(preparation_times(image_pixels, num_views, num_tokens), generators[1])
+            row |= dict(zip(("overhead_ms", "controller_ms", "image_processing_ms"), before, strict=True))
+            row |= {"image_pixels": image_pixels}
         rows.append(
             {
                 "sample_id": f"made/{number}",
@@ -70,21 +94,14 @@ def make_profile(num_inputs=8, noise=0.02, outliers=0.0, seed=0, space=SPACE):
                 "num_views": num_views,
                 "vision_tokens": vision_tokens,
                 "text_tokens": text_tokens,
-                "vision_ms": times[0].item(),
-                "llm_prefill_ms": times[1].item(),
-                "decode_ms_per_token": times[2].item(),
                 "output_tokens": 3,
-                "device_name": "test device",
-                "driver_version": "none",
-                "torch_version": "2.11",
-                "executor_mode": "plain",
-                "executor_revision": "0",
-                "executor_dtype": "float32",
+                **row,
+                **WAY,
                 "executor_fingerprint": "abc",
                 "executor_type": "molmo",
                 "executor_shape": json.dumps(molmo_shape(MolmoConfig())),
                 "knob_space": json.dumps(space.to_dict()),
-                "stage_names": "unknown",
+                "latency_scope": latency_scope,
             }
         )
     return make_profile_table(rows)
@@ -95,24 +112,31 @@ def fitted():
     return fit_latency_estimator(make_profile(), num_folds=2)
 
 
-def truth_over_grid():
+def truth_over_grid(with_preparation=True):
     """(arguments of `predict_latency_ms`, true latencies) over the grid, with counts no profile of these tests has."""
     settings = list(SPACE)
-    counts = {
-        "num_views": [VIEWS[setting["tier"]] for setting in settings],
-        "vision_tokens": [14 * VIEWS[setting["tier"]] + 7 for setting in settings],
-        "text_tokens": [21] * len(settings),
-    }
+    views = [VIEWS[setting["tier"]] for setting in settings]
+    counts = counts_of(views, [14 * num_views + 7 for num_views in views], [21] * len(settings))
     output_tokens = [1 + index % 5 for index in range(len(settings))]
     expected = []
-    for setting, num_views, vision, text, output in zip(settings, *counts.values(), output_tokens, strict=True):
+    for setting, pixels, num_views, vision, text, output in zip(
+        settings, *counts.values(), output_tokens, strict=True
+    ):
         vision_ms, llm_prefill_ms, decode_ms = true_times(setting, num_views, vision + text)
-        expected.append(vision_ms + llm_prefill_ms + decode_ms * (output - 1))
+        before_ms = sum(preparation_times(pixels, num_views, vision + text)) if with_preparation else 0.0
+        expected.append(before_ms + vision_ms + llm_prefill_ms + decode_ms * (output - 1))
     return (settings, counts, output_tokens), torch.tensor(expected)
 
 
 def counts_of(num_views, vision_tokens, text_tokens):
-    return dict(zip(COUNT_NAMES, (num_views, vision_tokens, text_tokens), strict=True))
+    """With the pixels of an image that has a thousand a view."""
+    image_pixels = [1000 * views for views in num_views] if isinstance(num_views, list) else 1000 * num_views
+    return {
+        "image_pixels": image_pixels,
+        "num_views": num_views,
+        "vision_tokens": vision_tokens,
+        "text_tokens": text_tokens,
+    }
 
 
 def test_noiseless_measurements_give_back_the_true_coefficients(fitted):
@@ -120,6 +144,9 @@ def test_noiseless_measurements_give_back_the_true_coefficients(fitted):
     data = stage_data(profile_columns(profile), list(range(len(profile))), fitted[0])
     constant, per_block, *others = LLM_PREFILL_COEFFICIENTS
     for stage, expected in (
+        (OVERHEAD, OVERHEAD_COEFFICIENTS),
+        ("controller", (CONTROLLER_MS,)),
+        ("image_processing", IMAGE_PROCESSING_COEFFICIENTS),
         ("vision", VISION_COEFFICIENTS),
         ("llm_prefill", (constant, per_block, 0.0, *others)),
         (DECODE, DECODE_COEFFICIENTS),
@@ -148,7 +175,9 @@ def test_noisy_profile_predicts_the_truth_within_two_percent(fitted):
 
 
 def test_held_out_error_is_about_the_noise(fitted):
-    # The mean absolute value of log-normal noise of 2 % is 2 % * sqrt(2 / pi) = 1.6 %; prefill averages two stages.
+    # The mean absolute value of log-normal noise of 2 % is 2 % * sqrt(2 / pi) = 1.6 %; prefill averages two stages, and
+    # preparation three.
+    assert 0.005 < fitted[1]["preparation"]["mape"] < 0.02
     assert 0.005 < fitted[1]["prefill"]["mape"] < 0.02
     assert 0.012 < fitted[1]["decode"]["mape"] < 0.022
     assert fitted[1]["prefill"]["r2"] > 0.98 and fitted[1]["decode"]["mae_ms"] > 0
@@ -203,27 +232,32 @@ def test_estimates_are_positive_and_rise_with_every_knob_and_count(fitted, prefi
     config.prefill_lengths = prefill_lengths
     model = LatencyEstimatorModel(config)
     model.load_state_dict(fitted[0].state_dict())
+    # With soft steps on the way, whether or not the fit found some.
+    weights = torch.rand(16, 4, generator=torch.Generator().manual_seed(0)) / torch.tensor([400.0, 8.0, 8.0, 64.0])
+    units = torch.cat([weights, torch.full((16, 1), 0.05)], dim=1)
+    for stage in ("llm_prefill", DECODE):
+        model.set_stage_parameters(stage, model.stage_parameters(stage)[0], units)
     axes = {
-        "num_views": torch.arange(1, 17),
+        "image_pixels": torch.tensor([1, 2000, 90_000]),
+        "num_views": torch.tensor([1, 2, 5, 10, 16]),
         "vision_tokens": torch.tensor([1, 12, 44, 45, 80, 134, 500, 2000]),
-        "text_tokens": torch.tensor([1, 2, 9, 10, 40, 500]),
+        "text_tokens": torch.tensor([1, 9, 10, 500]),
         "top_k": torch.arange(1, 17),
         "num_blocks": torch.arange(1, 17),
         "output_tokens": torch.tensor([1, 2, 3, 8, 9, 64]),
     }
     grid = dict(zip(axes, torch.meshgrid(*axes.values(), indexing="ij"), strict=True))
     estimate = model(**grid)
-    total = estimate.prefill_ms + estimate.decode_ms_per_token * (grid["output_tokens"] - 1)
-    parts = (estimate.prefill_ms, estimate.decode_ms_per_token, *estimate.stage_ms.values())
+    total = estimate.preparation_ms + estimate.prefill_ms
+    total = total + estimate.decode_ms_per_token * (grid["output_tokens"] - 1)
+    parts = (estimate.preparation_ms, estimate.prefill_ms, estimate.decode_ms_per_token, *estimate.stage_ms.values())
     for times in (*parts, total, total * model.quantile_factor(0.95)):
         assert (times > 0).all()
         for axis in range(len(axes)):
             assert (times.diff(dim=axis) >= 0).all()
-    # Not constant, so that the above says something; and the learned factors are at work.
-    assert (estimate.prefill_ms.diff(dim=3) > 0).any() and (estimate.decode_ms_per_token.diff(dim=4) > 0).all()
-    assert (
-        learned_factor(model.decode_units, [torch.tensor(value) for value in (400.0, 8.0, 8.0, 64.0)]) > 1.001
-    ).all()
+    # Not constant, so that the above says something.
+    assert (estimate.prefill_ms.diff(dim=4) > 0).any() and (estimate.decode_ms_per_token.diff(dim=5) > 0).all()
+    assert (estimate.preparation_ms.diff(dim=0) > 0).all()
 
 
 def test_estimates_rise_with_random_coefficients():
@@ -241,9 +275,10 @@ def test_estimates_rise_with_random_coefficients():
         model = LatencyEstimatorModel(config)
         for parameter in model.parameters():
             parameter.copy_(torch.rand(parameter.shape, generator=generator) ** 3)
-        model.llm_prefill_units[:, 0] /= 50
+        model.units[:, :, 0] /= 50
         estimate = model(**counts_of(views, tokens, torch.tensor(5)), top_k=top_k, num_blocks=num_blocks)
-        for times in (estimate.prefill_ms, estimate.decode_ms_per_token, *estimate.stage_ms.values()):
+        sums = (estimate.preparation_ms, estimate.prefill_ms)
+        for times in (*sums, estimate.decode_ms_per_token, *estimate.stage_ms.values()):
             assert all((times.diff(dim=axis) >= 0).all() for axis in range(4))
 
 
@@ -282,16 +317,18 @@ def test_latency_is_prefill_and_the_decode_steps_at_their_contexts(fitted):
     latencies = fitted[0].predict_latency_ms([setting] * 3, counts_of([2] * 3, [40] * 3, [10] * 3), [1, 2, 9])
     request = counts_of(*map(torch.tensor, (2, 40, 10))) | {"top_k": torch.tensor(2), "num_blocks": torch.tensor(5)}
     estimate = fitted[0](**request)
-    assert estimate.prefill_ms == estimate.stage_ms["vision"] + estimate.stage_ms["llm_prefill"]
-    assert list(estimate.stage_ms) == ["vision", "llm_prefill"]
+    overhead, controller, image_processing, vision, llm_prefill = estimate.stage_ms.values()
+    assert estimate.prefill_ms == vision + llm_prefill
+    assert estimate.preparation_ms == overhead + controller + image_processing
+    assert list(estimate.stage_ms) == ["overhead", "controller", "image_processing", "vision", "llm_prefill"]
     # Eight steps see 51 to 58 tokens, 54.5 on average.
     decode_ms = [
         fitted[0](**request, output_tokens=torch.tensor(output_tokens)).decode_ms_per_token for output_tokens in (2, 9)
     ]
     assert estimate.decode_ms_per_token == decode_ms[0]
-    torch.testing.assert_close(latencies, estimate.prefill_ms + torch.tensor([0, decode_ms[0], 8 * decode_ms[1]]))
-    units = fitted[0].decode_units.double()
-    coefficients = fitted[0].decode_coefficients.double()
+    first_token_ms = estimate.preparation_ms + estimate.prefill_ms
+    torch.testing.assert_close(latencies, first_token_ms + torch.tensor([0, decode_ms[0], 8 * decode_ms[1]]))
+    coefficients, units = (values.double() for values in fitted[0].stage_parameters(DECODE))
     for context, found in zip((51.0, 54.5), decode_ms, strict=True):
         expected = coefficients @ torch.tensor([1, 5, 5 * 2, context * 5], dtype=torch.float64)
         z = units[:, :-1] @ torch.tensor([context, 2, 5, 10], dtype=torch.float64)
@@ -307,16 +344,16 @@ def test_forward_broadcasts_settings_over_requests(fitted):
     assert all_settings.shape == (len(settings), 3)
     one = {name: values[1] for name, values in counts.items()} | {name: values[7, 0] for name, values in knobs.items()}
     torch.testing.assert_close(all_settings[7, 1], fitted[0](**one).prefill_ms)
-    with pytest.raises(
-        ValueError, match="takes num_views, vision_tokens, text_tokens, top_k, num_blocks, but got num_views"
-    ):
+    with pytest.raises(ValueError, match="`top_k` is missing, which the stage 'llm_prefill' depends on: give it.$"):
         fitted[0](**counts)
+    with pytest.raises(ValueError, match="takes image_pixels, .*, num_blocks, but got `views`"):
+        fitted[0](**counts, **knobs, views=torch.tensor(2))
 
 
 def test_latencies_of_outcomes_are_those_of_their_counts(fitted):
     outcomes = [
         Outcome("a", SPACE.cheapest, "red", 1.0, counts_of(2, 40, 10), 3),
-        Outcome("b", SPACE.full, "blue", 0.0, {"text_tokens": 9, "vision_tokens": 140, "num_views": 10}, 1),
+        Outcome("b", SPACE.full, "blue", 0.0, dict(reversed(counts_of(10, 140, 9).items())), 1),
     ]
     expected = fitted[0].predict_latency_ms(
         [SPACE.cheapest, SPACE.full], counts_of([2, 10], [40, 140], [10, 9]), [3, 1]
@@ -339,16 +376,75 @@ def test_save_and_load_give_the_same_estimates(fitted, tmp_path):
         "num_blocks": [4, 5, 6, 8],
     }
     assert config.fitted_counts["num_views"] == [2, 10]
-    assert (config.device_name, config.executor_dtype, config.executor_fingerprint) == (
-        "test device",
-        "float32",
-        "abc",
-    )
+    assert (config.executor_fingerprint, config.latency_scope) == ("abc", "request")
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.way == WayOfRunning(**{**WAY, "num_threads": 3}) and loaded.latency_scope == "request"
+
+
+def test_stages_add_up_to_the_latency(fitted):
+    arguments, _ = truth_over_grid()
+    stage_ms = fitted[0].predict_stage_ms(*arguments)
+    assert list(stage_ms) == ["overhead", "controller", "image_processing", "vision", "llm_prefill", "decode"]
+    torch.testing.assert_close(sum(stage_ms.values()), fitted[0].predict_latency_ms(*arguments))
+    settings, counts, output_tokens = arguments
+    for row, setting in enumerate(settings):
+        num_tokens = counts["vision_tokens"][row] + counts["text_tokens"][row]
+        true_ms = true_times(setting, counts["num_views"][row], num_tokens)
+        # The true formula takes the prompt for the context of all steps.
+        assert stage_ms["decode"][row].item() == pytest.approx(true_ms[2] * (output_tokens[row] - 1), rel=0.05)
+        assert stage_ms["vision"][row].item() == pytest.approx(true_ms[0], rel=0.05)
+
+
+def test_the_scope_of_the_model_is_what_a_profile_of_the_model_gives(fitted, tmp_path):
+    """Stages are fitted one by one, so that a fit that knows no others is an independent reference."""
+    alone, report = fit_latency_estimator(make_profile(latency_scope="model"), num_folds=2)
+    assert "preparation" not in report and alone.latency_scope == "model"
+    model = fitted[0].in_scope("model")
+    assert model.latency_scope == "model" and fitted[0].in_scope("request") is fitted[0]
+    (settings, counts, output_tokens), expected = truth_over_grid(with_preparation=False)
+    predicted = model.predict_latency_ms(settings, counts, output_tokens)
+    del counts["image_pixels"]  # of which the model knows nothing
+    assert torch.equal(predicted, model.predict_latency_ms(settings, counts, output_tokens))
+    assert torch.equal(predicted, alone.predict_latency_ms(settings, counts, output_tokens))
+    assert ((predicted - expected).abs() / expected).mean() < 0.02
+    assert list(model.predict_stage_ms(settings, counts, output_tokens)) == ["vision", "llm_prefill", "decode"]
+    knobs = {name: torch.tensor([setting[name] for setting in settings]) for name in ("top_k", "num_blocks")}
+    estimate = model(**{name: torch.tensor(values) for name, values in counts.items()}, **knobs)
+    assert not estimate.preparation_ms.any() and estimate.prefill_ms.all()
+    model.save_pretrained(tmp_path)
+    loaded = read_latency_estimator(tmp_path)
+    assert torch.equal(loaded.predict_latency_ms(settings, counts, output_tokens), predicted)
+    assert loaded.config.fitted_counts == alone.config.fitted_counts and loaded.way == fitted[0].way
+    for one in (loaded, alone, RecordedLatencies()):
+        assert one.in_scope("model") is one
+        with pytest.raises(
+            ValueError, match="of the model alone, .*`joint-controller profile`, or pass `--latency_scope"
+        ):
+            one.in_scope("request")
+        with pytest.raises(ValueError, match="`latency_scope` is 'all': choose from 'request', 'model'"):
+            one.in_scope("all")
+
+
+def test_settings_that_are_changed_are_looked_at_again(fitted):
+    settings = [SPACE.cheapest]
+    arguments = counts_of([2], [40], [10]), [2]
+    first = fitted[0].predict_latency_ms(settings, *arguments)
+    settings[0] = SPACE.full
+    assert fitted[0].predict_latency_ms(settings, *arguments) > first
+    pair = (SPACE.cheapest,), (SPACE.full,)
+    for one, expected in zip(pair * 2, (first, None, first, None), strict=True):
+        found = fitted[0].predict_latency_ms(one, *arguments)
+        assert (found == first) == (expected is not None)
 
 
 def test_card_states_device_and_error(fitted):
     card = format_model_card(fitted[0])
-    assert "test device" in card and f"{fitted[1]['prefill']['mape']:.1%}" in card
+    assert (
+        "those of whole requests" in card
+        and "| CPU threads | 3 |" in card
+        and "test device" in card
+        and f"{fitted[1]['prefill']['mape']:.1%}" in card
+    )
 
 
 def test_folds_share_neither_setting_nor_input():
@@ -398,9 +494,9 @@ def test_a_knob_with_one_value_can_be_fitted():
     [
         (9, counts_of([2], [40], [10]), [2], "`num_blocks` is 9 but .* fitted on 4 to 8"),
         (3, counts_of([2], [40], [10]), [2], "`num_blocks` is 3 but .* fitted on 4 to 8"),
-        (4, counts_of([2, 2], [40], [10]), [2], "`num_views` has the shape .* 1 settings"),
+        (4, counts_of([2], [40, 40], [10]), [2], "`vision_tokens` has the shape .* 1 settings"),
         (4, counts_of([2], [40], [10]), [0], "`output_tokens` holds 0"),
-        (4, {"num_views": [2], "vision_tokens": [40]}, [2], "takes num_views, vision_tokens, text_tokens, top_k"),
+        (4, {"num_views": [2], "vision_tokens": [40]}, [2], "`text_tokens` is missing, which the stage 'overhead'"),
     ],
 )
 def test_predictions_outside_what_was_measured_are_refused(fitted, num_blocks, counts, output_tokens, message):
@@ -426,9 +522,11 @@ def test_an_estimator_that_was_not_fitted_is_refused():
 def test_a_folder_without_a_tensor_is_refused(fitted, tmp_path):
     fitted[0].save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["decode_coefficients"]
+    del tensors["units"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no \\['decode_coefficients'\\]"):
+    with pytest.raises(
+        ValueError, match="no coefficients of \\['overhead', .*'decode'\\]: .* its folder is incomplete"
+    ):
         LatencyEstimatorModel.from_pretrained(tmp_path).predict_latency_ms(
             [SPACE.full], counts_of([2], [40], [10]), [2]
         )

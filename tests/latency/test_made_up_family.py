@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from toy_family import FormulaClock
 
 from joint_controller.executor import (
     DECODE,
+    ExecutorOutput,
     ExecutorRequest,
     StageCost,
     StageTerms,
-    StageTimes,
     register_executor_family,
 )
 from joint_controller.knobs import Knob, KnobSetting, KnobSpace
@@ -47,6 +48,7 @@ class OrchestraCostModel:
     knob_names = ("width", "skipped")
     stages = {
         "tuning": StageCost(("constant", "players"), ("players",)),
+        "waiting": StageCost(("constant",), ("players",), scope="request"),
         "listening": StageCost(("tokens x width",), ("tokens", "width")),
         "playing": StageCost(("players x width", "skipped"), ("players", "skipped")),
         DECODE: StageCost(("constant", "width"), ("width", "context")),
@@ -59,6 +61,8 @@ class OrchestraCostModel:
         players, tokens, width = columns["players"], columns["score_tokens"], columns["width"]
         if stage == "tuning":
             return StageTerms((torch.ones_like(players), players), (players,))
+        if stage == "waiting":
+            return StageTerms((torch.ones_like(players),), (players,))
         if stage == "listening":
             return StageTerms((self.seats * tokens * width,), (tokens, width))
         if stage == "playing":
@@ -79,7 +83,8 @@ class Orchestra:
     fingerprint = "orchestra-1"
     max_new_tokens = 4
     shape = {"seats": 3, "halls": ["big", "small"]}
-    stage_names = ("waiting", "tuning", "listening", "playing")
+    stage_names = ("tuning", "waiting", "listening", "playing")
+    question_size = vision_size = 2
     device = torch.device("cpu")
     dtype = "float32"
     mode = "plain"
@@ -95,23 +100,50 @@ class Orchestra:
             "score_tokens": [tokens] * len(settings),
         }
 
-    def time_request(self, request, repeats=5, warmup=2, decode_steps=None, controller=None):
-        setting = request.setting
+    def warm_up(self, progress=False):
+        self.is_warm = True
+
+    def open(self, request, clock):
+        assert self.is_warm
+        return OrchestraRequest(self, request, clock)
+
+    def true_ms(self, request, setting):
+        """Of each stage, the last of a decode step; overhead and controller are what `FormulaClock` says."""
         counts = {name: values[0] for name, values in self.count_inputs(request, [setting]).items()}
         players, tokens, width = counts["players"], counts["score_tokens"], setting["width"]
         stage_ms = {
-            "waiting": 5.0,
             "tuning": 1.0 + 0.5 * players,
+            "waiting": 5.0,
             "listening": 0.3 * tokens * width,
             "playing": 0.7 * players * width + 2.0 * setting["skipped"],
+            DECODE: 0.2 + 0.4 * width,
         }
-        stage_ms = {stage: self.slower * ms for stage, ms in stage_ms.items()}
-        return StageTimes(None, stage_ms, [self.slower * (0.2 + 0.4 * width)] * decode_steps, counts, 1 + decode_steps)
+        return counts, {stage: self.slower * ms for stage, ms in stage_ms.items()}
 
     def total_ms(self, request, setting, output_tokens):
-        request = ExecutorRequest(request.sample_id, request.image, request.question, request.style, setting)
-        times = self.time_request(request, decode_steps=output_tokens - 1)
-        return sum(times.stage_ms.values()) - times.stage_ms["waiting"] + sum(times.decode_ms)
+        stage_ms = self.true_ms(request, setting)[1]
+        return 0.1 + 0.2 + sum(stage_ms.values()) + (output_tokens - 2) * stage_ms[DECODE]
+
+
+class OrchestraRequest:
+    def __init__(self, executor, request, clock):
+        self.executor, self.request, self.clock = executor, request, clock
+        self.count_inputs = executor.count_inputs
+
+    def question_features(self, questions):
+        return torch.ones(len(questions), 2)
+
+    def vision_features(self, requests):
+        return torch.ones(len(requests), 2)
+
+    def answer(self, setting, decode_steps=None):
+        counts, stage_ms = self.executor.true_ms(self.request, setting)
+        decode_ms = stage_ms.pop(DECODE)
+        for stage, ms in stage_ms.items():
+            self.clock.take(stage, ms)
+        for _ in range(decode_steps):
+            self.clock.take(DECODE, decode_ms)
+        return ExecutorOutput(self.request.sample_id, setting, "music", counts, 1 + decode_steps)
 
 
 class OrchestraFamily:
@@ -129,7 +161,9 @@ FAMILY = OrchestraFamily()
 @pytest.fixture(scope="module")
 def executor():
     register_executor_family(FAMILY)
-    return Orchestra()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("joint_controller.request_path.StageClock", FormulaClock)
+        yield Orchestra()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +185,10 @@ def test_its_profile_has_its_columns(executor, profile, tmp_path):
     assert len(profile) == 10 * len(SPACE) and set(profile_settings(profile)) == set(SPACE)
     row = profile[0]
     assert {"width", "voice", "skipped", "players", "score_tokens", "waiting_ms", "playing_ms_spread"} <= set(row)
-    assert row["waiting_ms"] == 5.0 and row["controller_ms"] is None and len(row["decode_ms"]) == 3
+    assert row["waiting_ms"] == 5.0 and row["controller_ms"] == 0.2 and len(row["decode_ms"]) == 3
+    model_ms = row["tuning_ms"] + row["listening_ms"] + row["playing_ms"] + 3 * row["decode_ms_per_token"]
+    assert row["model_ms"] == pytest.approx([model_ms] * 2) and row["latency_scope"] == "request"
+    assert row["request_ms"] == pytest.approx([5.3 + model_ms] * 2)
     assert row["executor_type"] == "orchestra" and not any(profile["repeats_disagree"])
     report = write_profile_report(profile, tmp_path)
     assert list(report["settings"]) == [str(SPACE.cheapest), str(SPACE.full)]
@@ -162,16 +199,18 @@ def test_its_profile_has_its_columns(executor, profile, tmp_path):
 def test_its_estimator_predicts_the_truth(executor, profile, estimator):
     assert isinstance(estimator, LatencyEstimatorModel)
     estimator.check_executor(executor)
-    assert set(dict(estimator.named_parameters())) == {
-        f"{stage}_{part}" for stage in OrchestraCostModel.stages for part in ("coefficients", "units")
-    }
+    assert list(estimator.costs.stages) == ["overhead", "controller", *OrchestraCostModel.stages]
     assert estimator.config.fitted_knobs == {"width": [0.5, 1.0, 2.0], "voice": ["quiet", "loud"], "skipped": [0, 1]}
     settings = [KnobSetting(width=1.5, voice="loud", skipped=1), SPACE.cheapest]
     estimate_ms = estimator.predict_latency_ms(settings, {"players": [8, 3], "score_tokens": [20, 40]}, [5, 1])
     expected = [
-        1 + 0.5 * 8 + 0.3 * 20 * 1.5 + 0.7 * 8 * 1.5 + 2 + 4 * (0.2 + 0.4 * 1.5),
-        1 + 1.5 + 0.3 * 40 * 0.5 + 1.05,
+        5.3 + 1 + 0.5 * 8 + 0.3 * 20 * 1.5 + 0.7 * 8 * 1.5 + 2 + 4 * (0.2 + 0.4 * 1.5),
+        5.3 + 1 + 1.5 + 0.3 * 40 * 0.5 + 1.05,
     ]
+    of_model = estimator.in_scope("model").predict_latency_ms(
+        settings, {"players": [8, 3], "score_tokens": [20, 40]}, [5, 1]
+    )
+    assert of_model.tolist() == pytest.approx([ms - 5.3 for ms in expected], rel=0.05)
     assert estimate_ms.tolist() == pytest.approx(expected, rel=0.05)
     with pytest.raises(ValueError, match="knob `width` is 3.0 but the latency estimator was fitted on 0.5 to 2.0"):
         estimator.predict_latency_ms([KnobSetting(width=3.0, skipped=0)], {"players": [2], "score_tokens": [20]}, [1])
@@ -205,6 +244,13 @@ def test_its_estimator_is_adapted_to_a_slower_machine(executor, estimator):
     assert ratio.tolist() == pytest.approx([3, 3], rel=0.05)
 
 
+def test_stages_that_nothing_predicts_are_refused(executor):
+    longer = Orchestra()
+    longer.stage_names = (*Orchestra.stage_names, "bowing")
+    with pytest.raises(ValueError, match="stages are tuning, .*, bowing, but its cost model has tuning, .*, decode"):
+        profile_executor(longer, make_profile_inputs(1), progress=False)
+
+
 def test_its_guardrail_promises_what_is_kept(executor, estimator):
     requests = [
         ExecutorRequest(f"made/{number}", Image.new("RGB", (width, 30)), "word " * length, "vqa2", SPACE.full)
@@ -212,6 +258,17 @@ def test_its_guardrail_promises_what_is_kept(executor, estimator):
     ]
     latency_ms = Guardrail(estimator, executor, 0.95).predict_latency_ms(requests)
     assert latency_ms.shape == (2, len(SPACE))
+
+    # An opened request knows its tokens already.
+    class Opened:
+        def count_inputs(self, request, settings):
+            return {"players": [3] * len(settings), "score_tokens": [600, *[512] * (len(settings) - 1)]}
+
+    [opened_ms] = Guardrail(estimator, executor, 0.95).predict_latency_ms(requests[:1], Opened())
+    # Of which the first is longer than the executor takes.
+    assert opened_ms.isinf().tolist() == [True] + [False] * (len(SPACE) - 1)
+    fits, fits_budget = settings_that_fit(opened_ms[None], 1e9)
+    assert fits_budget.item() and fits.sum() == len(SPACE) - 1 and not fits[0, 0]
     for row, request in enumerate(requests):
         true_ms = [executor.total_ms(request, setting, executor.max_new_tokens) for setting in SPACE]
         typical_ms = latency_ms[row] / estimator.quantile_factor(0.95)

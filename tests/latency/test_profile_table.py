@@ -6,7 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from joint_controller.latency import embedded_latency_estimator_path, load_profile, make_profile, save_profile
+from joint_controller.latency import load_profile, make_profile, save_profile
 from joint_controller.latency.profile_table import (
     MACHINE_COLUMNS,
     PROFILE_FILE,
@@ -21,10 +21,10 @@ SPACE = build_knob_space({"low": (1, 3), "high": (9, 15)}, top_k=(4, 8), num_blo
 
 
 def known(**changes):
-    """What a measurement that was made elsewhere knows at least."""
+    """What a measurement of the model that was made elsewhere knows at least."""
     row = {"sample_id": "made/0", "tier": "low", "top_k": 4, "num_blocks": 12, "num_views": 2, "vision_tokens": 300}
     row |= {"text_tokens": 20, "output_tokens": 4, "vision_ms": 30.0, "llm_prefill_ms": 90.0}
-    row |= dict.fromkeys(MACHINE_COLUMNS, UNKNOWN)
+    row |= dict.fromkeys(MACHINE_COLUMNS, UNKNOWN) | {"latency_scope": "model"}
     return row | {"executor_type": "molmo", "knob_space": json.dumps(SPACE.to_dict())} | changes
 
 
@@ -32,15 +32,10 @@ def test_what_is_unknown_is_null_or_says_so(tmp_path):
     profile = make_profile([known(), known(decode_ms_per_token=13.4, decode_ms=[13.0, 13.4, 13.8])])
     schema = ProfileSchema.of(profile)
     assert profile.features == schema.features and schema.knob_space == SPACE
-    nullable = [
-        "controller_ms",
-        "decode_ms_per_token",
-        "decode_ms",
-        "prefill_lengths",
-        "num_repeats",
-        "repeats_disagree",
-    ]
-    nullable += [f"{name}_spread" for name in ("controller_ms", "vision_ms", "llm_prefill_ms", "decode_ms_per_token")]
+    unknown_times = ["overhead_ms", "controller_ms", "image_processing_ms", "decode_ms_per_token"]
+    nullable = ["image_pixels", *unknown_times, "decode_ms", "request_ms", "model_ms", "prefill_lengths"]
+    nullable += ["num_repeats", "repeats_disagree"]
+    nullable += [f"{name}_spread" for name in (*unknown_times, "vision_ms", "llm_prefill_ms")]
     assert sorted(schema.nullable_columns) == sorted(nullable)
     for table in (profile, load_profile(save_profile(profile, tmp_path))):
         assert [table[0][column] for column in nullable] == [None] * len(nullable)
@@ -48,6 +43,20 @@ def test_what_is_unknown_is_null_or_says_so(tmp_path):
         assert table.features == schema.features
     check_one_machine(profile)
     assert [path.name for path in tmp_path.iterdir()] == [PROFILE_FILE]
+
+
+def whole(**changes):
+    """What is known of a whole request."""
+    row = {"image_pixels": 4096, "overhead_ms": 0.2, "controller_ms": 0.6, "image_processing_ms": 2.0}
+    return known(latency_scope="request", **row) | changes
+
+
+def test_whole_requests_know_all_stages():
+    [row] = make_profile([whole(request_ms=[122.8, 123.0], model_ms=[120.0, 120.2])])
+    assert row["request_ms"] == [122.8, 123.0] and row["decode_ms_per_token"] is None
+    for name in ("image_pixels", "overhead_ms", "controller_ms", "image_processing_ms", "vision_ms"):
+        with pytest.raises(ValueError, match=f"no `{name}` in row 0: every measurement needs one"):
+            make_profile([whole(**{name: None})])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +80,7 @@ def test_rows_that_are_no_measurement_are_refused(row, message):
         make_profile([])
 
 
-@pytest.mark.parametrize("column", ["executor_type", "knob_space"])
+@pytest.mark.parametrize("column", ["executor_type", "knob_space", "latency_scope"])
 def test_the_executor_must_be_known(column):
     for value in (None, UNKNOWN):
         with pytest.raises(ValueError, match=f"has no `{column}` in row 0: every measurement needs one"):
@@ -80,23 +89,22 @@ def test_the_executor_must_be_known(column):
         make_profile([known(executor_type="abacus")])
     with pytest.raises(ValueError, match="has a machine column that is not JSON"):
         make_profile([known(knob_space="tier")])
+    with pytest.raises(ValueError, match="`latency_scope` is 'everything': choose from 'request', 'model'"):
+        make_profile([known(latency_scope="everything")])
 
 
 def test_stages_that_are_not_predicted_have_columns(tmp_path):
-    names = json.dumps(["reading", "vision", "llm_prefill"])
-    profile = make_profile([known(stage_names=names), known(stage_names=names, reading_ms=3.5, reading_ms_spread=0.1)])
-    assert profile["reading_ms"][:] == [None, 3.5]
-    assert load_profile(save_profile(profile, tmp_path))["reading_ms"][:] == [None, 3.5]
-    with pytest.raises(ValueError, match="`reading_ms` 0.0 in row 0"):
-        make_profile([known(stage_names=names, reading_ms=0.0)])
-    with pytest.raises(ValueError, match="two columns `decode_ms_per_token`"):
-        make_profile([known(stage_names=json.dumps(["decode"]))])
+    profile = make_profile([known(), known(image_processing_ms=3.5, image_processing_ms_spread=0.1)])
+    assert profile["image_processing_ms"][:] == [None, 3.5]
+    assert load_profile(save_profile(profile, tmp_path))["image_processing_ms"][:] == [None, 3.5]
+    with pytest.raises(ValueError, match="`image_processing_ms` 0.0 in row 0"):
+        make_profile([known(image_processing_ms=0.0)])
 
 
 def test_files_of_an_earlier_version_are_refused(tmp_path):
-    shipped = parquet.read_table(embedded_latency_estimator_path() / PROFILE_FILE)
-    parquet.write_table(shipped.drop_columns(["executor_type", "knob_space", "stage_names"]), tmp_path / PROFILE_FILE)
-    with pytest.raises(ValueError, match=r"lacks the columns \['executor_type', .* make it again with") as error:
+    table = parquet.read_table(save_profile(make_profile([known()]), tmp_path))
+    parquet.write_table(table.drop_columns(["num_threads", "latency_scope"]), tmp_path / PROFILE_FILE)
+    with pytest.raises(ValueError, match=r"lacks the columns \['num_threads', .* make it again with") as error:
         load_profile(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -17,13 +17,12 @@ from joint_controller.latency.profile_report import (
     summarize_profile,
     write_profile_report,
 )
-from joint_controller.latency.profile_table import profile_settings
+from joint_controller.latency.profile_table import ProfileSchema, profile_settings
 from joint_controller.latency.profiling import sample_settings
 
 
 TIMES = StageTimes(
-    controller_ms=None,
-    stage_ms={"image_processing": 1.5, "vision": 2.5, "llm_prefill": 3.25},
+    stage_ms={"overhead": 0.25, "controller": 0.5, "image_processing": 1.5, "vision": 2.5, "llm_prefill": 3.25},
     decode_ms=[1.0, 2.0],
     counts={"num_views": 2, "vision_tokens": 40, "text_tokens": 10},
     output_tokens=3,
@@ -103,7 +102,7 @@ def scaled(profile, factor_of):
 
     def scale(row):
         factor = factor_of(KnobSetting({name: row[name] for name in SPACE.names}))
-        return {name: row[name] * factor for name in ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")}
+        return {name: row[name] * factor for name in ProfileSchema.of([row]).predicted_columns}
 
     return profile.map(scale)
 
@@ -137,7 +136,9 @@ def test_report_is_drawn_and_says_what_was_measured(tmp_path):
     assert json.loads((tmp_path / "new" / "profile_report.json").read_text()) == report
     assert (report["num_measurements"], report["num_settings"], report["num_inputs"]) == (225, 75, 3)
     full = [row for row, setting in zip(profile, profile_settings(profile), strict=True) if setting == SPACE.full]
-    expected = np.median([row["vision_ms"] + row["llm_prefill_ms"] + 2 * row["decode_ms_per_token"] for row in full])
+    stages = ("overhead_ms", "controller_ms", "image_processing_ms", "vision_ms", "llm_prefill_ms")
+    expected = np.median([sum(row[name] for name in stages) + 2 * row["decode_ms_per_token"] for row in full])
+    assert report["median_spread"] == 0.0
     assert report["settings"]["tier=high top_k=8 num_blocks=16"]["total_ms"] == pytest.approx(expected)
     card = (tmp_path / "new" / "README.md").read_text()
     pictures = {path.name for path in (tmp_path / "new").glob("*.png")}
@@ -149,7 +150,9 @@ def test_report_is_drawn_and_says_what_was_measured(tmp_path):
 
 
 def test_a_profile_that_knows_little_is_drawn_without_flops(tmp_path):
-    profile = make_synthetic_profile(cpu_times, num_inputs=2, executor_shape="unknown", repeats_disagree=None)
+    unknown = {"executor_shape": "unknown", "repeats_disagree": None, "latency_scope": "model"}
+    profile = make_synthetic_profile(cpu_times, num_inputs=2, **unknown)
     report = write_profile_report(profile.select(range(20)), tmp_path)
     assert report["num_disagreeing"] is None and report["median_spread"] is None
+    assert report["machine"]["latency_scope"] == ["model"]
     assert not (tmp_path / "flops.png").exists() and (tmp_path / "decode.png").exists()

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from synthetic_profile import LENGTHS, cpu_times, gpu_times, make_synthetic_profile
 
@@ -43,10 +44,10 @@ def test_25_measurements_adapt_an_estimator_to_another_machine(base, times):
         assert found["mape"] < 0.03 and found["mape"] <= found["largest_mape"] < 0.05
         assert found["mape_without"] > 0.3 and report["without"][part]["mape"] > 0.3
         assert report["by_size"]["10"][part]["mape"] < 0.08
-    rows = format_recalibration_rows(report)
-    assert [row[0] for row in rows] == ["none", "10", "25"] and rows[2][1].startswith(
-        f"{report['by_size']['25']['prefill']['mape']:.1%} ("
-    )
+    headings, *rows = format_recalibration_rows(report)
+    assert headings == ("measurements", *(f"MAPE, {part}" for part in ("preparation", "prefill", "decode", "total")))
+    assert [row[0] for row in rows] == ["none", "10", "25"]
+    assert rows[2][2].startswith(f"{report['by_size']['25']['prefill']['mape']:.1%} (")
 
 
 def test_recalibrated_estimator_is_whole(base, tmp_path):
@@ -67,6 +68,14 @@ def test_recalibrated_estimator_is_whole(base, tmp_path):
     # The upper quantile, fitted to what was held out, covers what it was fitted with, too.
     below = measured["total"] <= predicted["total"] * loaded.quantile_factor(0.95)
     assert below.double().mean() > 0.9
+
+
+def test_a_base_of_whole_requests_is_adapted_to_measurements_of_the_model(base):
+    profile = make_synthetic_profile(cpu_times, num_inputs=3, latency_scope="model")
+    adapted = recalibrate(base[0], profile)
+    alone = recalibrate(base[0].in_scope("model"), profile)
+    assert adapted.latency_scope == "model"
+    assert all(map(torch.equal, adapted.parameters(), alone.parameters()))
 
 
 def test_a_split_shares_neither_setting_nor_input(base, monkeypatch):
@@ -94,7 +103,7 @@ def test_too_few_measurements_to_test_on_are_reported_as_none(base):
     report = recalibration_errors(base[0], profile, sizes=(5, 100), draws=2)
     assert report["by_size"]["100"]["total"] == {"mape": None, "largest_mape": None, "mape_without": None}
     assert report["by_size"]["5"]["total"]["mape"] is not None
-    assert format_recalibration_rows(report)[2] == ("100", "-", "-", "-")
+    assert format_recalibration_rows(report)[3] == ("100", "-", "-", "-", "-")
 
 
 def test_picture_is_drawn(base, tmp_path):
@@ -113,6 +122,8 @@ def test_what_cannot_be_adapted_is_refused(base):
     other.config.executor_shape["projector_intermediate_size"] = 999
     with pytest.raises(ValueError, match="projector_intermediate_size 999 there, 1024 here"):
         recalibrate(other, profile)
+    with pytest.raises(ValueError, match="these latencies are of the model alone, not of whole requests"):
+        recalibrate(base[0].in_scope("model"), profile)
     with pytest.raises(ValueError, match="too few to recalibrate"):
         recalibrate(base[0], profile, rows=[0])
     with pytest.raises(ValueError, match=r"sizes \[1\] hold a number below 2"):

@@ -51,10 +51,12 @@ def test_lengths_are_padded_to_the_next_step():
 
 
 def test_every_stage_has_a_value_for_each_of_its_names(tiny_molmo):
-    names = ("num_views", "vision_tokens", "text_tokens", "top_k", "num_blocks", "output_tokens")
-    columns = {name: torch.tensor([float(number)]) for number, name in enumerate(names, start=2)}
+    names = ("image_pixels", "num_views", "vision_tokens", "text_tokens", "top_k", "num_blocks", "output_tokens")
+    columns = {name: torch.tensor([float(number)]) for number, name in enumerate(names, start=1)}
     cost_model = MolmoCostModel(molmo_shape(tiny_molmo.config), [8, 16])
-    assert list(cost_model.stages) == ["vision", "llm_prefill", DECODE]
+    assert list(cost_model.stages) == ["image_processing", "vision", "llm_prefill", DECODE]
+    assert [stage for stage, cost in cost_model.stages.items() if cost.scope == "request"] == ["image_processing"]
+    assert torch.stack(cost_model.terms("image_processing", columns).features).flatten().tolist() == [1, 1, 2]
     for stage, cost in cost_model.stages.items():
         terms = cost_model.terms(stage, columns)
         assert (len(terms.features), len(terms.inputs)) == (len(cost.features), len(cost.inputs))

@@ -1,15 +1,19 @@
+import io
 import itertools
 import json
 import math
+import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from joint_controller.molmo.image_processing_molmo import MolmoImageProcessor
 from joint_controller.molmo.knob_space import DEFAULT_TIER_CROPS
+from joint_controller.molmo.view_cutting import cut_by_interpolation
 
 
 SMALL = {
@@ -28,6 +32,33 @@ def small_processor(**changes) -> MolmoImageProcessor:
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def reference_pixel_values(
+    processor: MolmoImageProcessor, image: Image.Image, tiling: tuple[int, int]
+) -> torch.Tensor:
+    """Step by step: resize planes of pixels, normalise them, put them on a black canvas, copy out view by view."""
+    side, patch = processor.base_image_input_size[0], processor.image_patch_size
+    window = side - sum(processor.overlap_margins) * patch
+    planes = torch.tensor(np.array(image)).permute(2, 0, 1).float() / 255
+    if processor.do_normalize:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    else:
+        mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    views = []
+    for rows, columns in ((1, 1), tiling):
+        canvas_size = np.array([(rows - 1) * window + side, (columns - 1) * window + side], dtype=np.float32)
+        size = np.array([image.height, image.width], dtype=np.float32)
+        height, width = np.maximum((size * (canvas_size / size).min()).astype(int), 1).tolist()
+        resized = F.interpolate(planes[None], size=(height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
+        canvas = ((0 - mean) / std).repeat(1, *canvas_size.astype(int))
+        top, left = ((total - length) // 2 for total, length in zip(canvas.shape[1:], (height, width), strict=True))
+        canvas[:, top : top + height, left : left + width] = (resized - mean) / std
+        for row, column in itertools.product(range(rows), range(columns)):
+            view = canvas[:, row * window : row * window + side, column * window : column * window + side]
+            patches = view.unfold(1, patch, patch).unfold(2, patch, patch)  # (3, rows, columns, patch, patch)
+            views.append(patches.permute(1, 2, 3, 4, 0).reshape(-1, 3 * patch**2))
+    return torch.stack(views)
 
 
 def golden_differences(outputs: dict, golden: dict) -> list[str]:
@@ -223,18 +254,117 @@ def test_padding_is_black_before_normalisation_and_masked():
     assert (mask[1] == -1).all()
 
 
-def test_no_pixel_has_the_value_of_padded_views():
+SIZES = [(64, 48), (5, 7), (7, 90), (90, 1), (32, 32), (33, 500), (211, 140), (640, 480)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tiling", [(1, 1), (3, 3), (2, 3), (4, 1)])
+def test_pixels_are_those_of_the_reference_steps(size, tiling):
+    for processor in (
+        small_processor(image_std=[0.2, 0.3, 0.4]),
+        small_processor(overlap_margins=[2, 2]),
+        small_processor(do_normalize=False),
+    ):
+        image = noise_image(*size)
+        geometry = processor.view_geometry
+        expected = reference_pixel_values(processor, image, tiling)
+        processor.select_tiling = lambda *_: tiling  # noqa: B023
+        pixels = processor(image, tier="low")["pixel_values"]
+        assert pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels[0], expected, rtol=0, atol=1e-5)
+        # What runs on a GPU, where it rounds otherwise.
+        interpolated = cut_by_interpolation(torch.from_numpy(np.array(image)), geometry, tiling)
+        torch.testing.assert_close(interpolated, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (427, 640), (1600, 1200)])
+def test_photographs_are_cut_as_by_the_reference_steps(size):
+    processor, image = MolmoImageProcessor(), noise_image(*size)
+    for tier in DEFAULT_TIER_CROPS:
+        outputs = processor(image, tier=tier)
+        expected = reference_pixel_values(processor, image, tuple(outputs["tilings"][0].tolist()))
+        torch.testing.assert_close(outputs["pixel_values"][0], expected, rtol=0, atol=1e-5)
+
+
+def test_no_call_changes_what_another_returned():
+    processor, images = small_processor(), [noise_image(64, 48, seed) for seed in range(3)]
+    first = processor(images[0], tier="high")
+    kept = {name: values.clone() for name, values in first.items()}
+    second = processor(images[1], tier="high")
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    for values in second.values():
+        values.fill_(7)
+    processor(images, tier="high")
+    third = processor(images[0], tier="high")
+    for name, values in kept.items():
+        assert torch.equal(first[name], values), name
+        assert torch.equal(third[name], values), name
+
+
+def test_what_is_kept_in_inference_mode_serves_outside_of_it():
+    processor, image = small_processor(), noise_image(37, 41)
+    with torch.inference_mode():
+        expected = processor(image)
+    for name, values in processor(image).items():
+        assert torch.equal(values, expected[name]) and not values.is_inference(), name
+        values.add_(1)
+
+
+def test_nothing_is_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_processor()(noise_image(38, 41))
+
+
+@pytest.mark.parametrize("size", [(32, 16), (9, 5), (100, 70)])
+def test_no_pixel_has_the_value_of_padded_views(size):
     """Mean and std under which black normalises to exactly -1, in the image as in its margins."""
-    outputs = small_processor(image_mean=[1.0] * 3, image_std=[1.0] * 3)(Image.new("RGB", (32, 16)), max_crops=1)
-    pixels = outputs["pixel_values"]
-    assert (pixels != -1).all()
-    torch.testing.assert_close(pixels, torch.full_like(pixels, -1.0))
+    processor = small_processor(image_mean=[1.0] * 3, image_std=[1.0] * 3)
+    image = Image.new("RGB", size)
+    assert (reference_pixel_values(processor, image, (2, 2)) == -1).all()
+    interpolated = cut_by_interpolation(torch.from_numpy(np.array(image)), processor.view_geometry, (2, 2))
+    for pixels in (processor(image, max_crops=4)["pixel_values"], interpolated):
+        assert (pixels != -1).all()
+        torch.testing.assert_close(pixels, torch.full_like(pixels, -1.0))
+
+
+def test_no_pixel_is_rounded_to_the_value_of_padded_views():
+    """Levels around that of -1: in millions of sums of them, some come closer to it than float32 can tell."""
+    processor = MolmoImageProcessor()
+    level = 255 * (processor.image_mean[0] - processor.image_std[0])
+    pixels = np.random.default_rng(0).integers(int(level) - 1, int(level) + 3, (480, 640, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    outputs = processor(image, tier="high")
+    assert (reference_pixel_values(processor, image, (3, 4)) == -1).any()
+    assert (outputs["pixel_values"] != -1).all()
 
 
 def test_a_line_of_pixels_keeps_one_row():
     outputs = small_processor(do_normalize=False)(Image.new("RGB", (500, 1), "white"), max_crops=1)
-    assert outputs["pixel_values"].amax() == 1
+    assert outputs["pixel_values"].amax() == pytest.approx(1)
     assert outputs["image_masks"][0, 0].sum() == pytest.approx(8 / 4)  # eight patches, one of four pixel rows each
+
+
+def test_a_column_of_pixels_is_a_line_upside_down():
+    """Not against torch's `interpolate`, which repeats the first pixel where the result is one pixel wide."""
+    processor = small_processor(image_std=[0.2, 0.3, 0.4])
+    line = noise_image(90, 1)
+    expected, pixels = (
+        processor(image, max_crops=1)["pixel_values"].unflatten(2, (8, 8)).unflatten(4, (4, 4, 3))
+        for image in (line, line.transpose(Image.Transpose.TRANSPOSE))
+    )
+    torch.testing.assert_close(pixels, expected.transpose(2, 3).transpose(4, 5), rtol=0, atol=1e-5)
+
+
+def closed(image: Image.Image) -> Image.Image:
+    image.close()
+    return image
+
+
+def truncated(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()[: buffer.tell() // 2]))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +372,14 @@ def test_a_line_of_pixels_keeps_one_row():
     [
         (lambda p: p(Image.new("RGB", (0, 4))), "image 0 of the batch: the image has 4x0 pixels"),
         (lambda p: p([noise_image(4, 4), np.zeros((4, 4, 3))]), "image 1 of the batch is a ndarray, not a PIL image"),
+        (
+            lambda p: p(closed(noise_image(4, 4))),
+            "image 0 of the batch: it cannot be read (Operation on closed",
+        ),
+        (
+            lambda p: p([noise_image(4, 4), truncated(noise_image(99, 99))]),
+            "image 1 of the batch: it cannot be read (image file is truncated)",
+        ),
         (lambda p: p([]), "`images` is empty"),
         (lambda p: p(noise_image(4, 4), tier="huge"), "`tier` is 'huge': the tiers are 'low', 'medium', 'high'"),
         (lambda p: p(noise_image(4, 4), tier="low", max_crops=2), "both `tier`"),
@@ -278,3 +416,24 @@ def test_impossible_sizes_are_refused(changes, message):
     with pytest.raises(ValueError) as error:
         small_processor(**changes)
     assert message in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_cuts_as_the_cpu_does(published, golden_cases):
+    for case, image, golden in golden_cases:
+        on_gpu = published(image, max_crops=case["max_crops"], device="cuda")
+        assert {name for name, values in on_gpu.items() if not values.is_cuda} == {"tilings"}
+        outputs = {name: values.cpu() for name, values in on_gpu.items()}
+        names = golden_differences(outputs, golden)
+        assert set(names) <= {"crops_sample", "crops_mean"}, case["file"]
+        on_cpu = published(image, max_crops=case["max_crops"])
+        for name, values in on_cpu.items():
+            torch.testing.assert_close(outputs[name], values, rtol=0, atol=1e-3 if name == "pixel_values" else 0)
+    images = [noise_image(*size) for size in SIZES]
+    for tier in DEFAULT_TIER_CROPS:
+        on_gpu, on_cpu = (published(images, tier=tier, device=device) for device in ("cuda", None))
+        for name, values in on_cpu.items():
+            atol = 1e-3 if name == "pixel_values" else 0
+            torch.testing.assert_close(on_gpu[name].cpu(), values, rtol=0, atol=atol)
+        assert ((on_gpu["pixel_values"] == -1).flatten(2).sum(dim=2) % on_gpu["pixel_values"][0, 0].numel() == 0).all()

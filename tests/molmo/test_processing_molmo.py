@@ -1,5 +1,7 @@
+import copy
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -80,6 +82,47 @@ def test_save_and_reload_gives_the_same_inputs(processor, images, tmp_path):
         assert expected.keys() == inputs.keys()
         for name, values in expected.items():
             assert torch.equal(values, inputs[name]), name
+
+
+@pytest.mark.parametrize("which", ["processor", "published"])
+def test_special_tokens_in_a_question_are_text(which, request):
+    processor = request.getfixturevalue(which)
+    tokenizer, flag = processor.tokenizer, processor.tokenizer.backend_tokenizer.encode_special_tokens
+    special = {*processor._image_token_ids, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    question = "Is <im_patch> a <|endoftext|> or an <im_start>? <im_col><im_end>"
+    for one in (processor, pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
+        assert not special.intersection(one.question_ids(question))
+        assert not special.intersection(one(text=question)["input_ids"][0, 1:].tolist())
+    # The user's tokenizer goes on as before.
+    assert tokenizer.backend_tokenizer.encode_special_tokens == flag
+    assert processor._image_token_ids[2] in tokenizer(question, add_special_tokens=False)["input_ids"]
+
+
+def test_ids_of_prompts_are_those_of_the_tokenizer(published):
+    for question in ["What color is the star?", " Is it  red , or\nblue?", "", "naïve 日本 😀 it's"]:
+        prompt = published.format_prompt(question, "okvqa")
+        ids = published.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert published.prompt_ids(question, "okvqa") == ids
+    with pytest.raises(ValueError, match="`style` is 'vqa3'"):
+        published.prompt_ids("a?", "vqa3")
+
+
+def test_padding_and_truncation_that_a_tokenizer_is_set_to_do_not_change_prompts(processor):
+    tokenizer = build_word_tokenizer(WORDS)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=2)
+    ids = MolmoProcessor(processor.image_processor, tokenizer).prompt_ids(QUESTIONS[0])
+    assert ids == processor.prompt_ids(QUESTIONS[0]) and len(ids) > 2
+
+
+def test_what_is_returned_for_a_tiling_is_the_callers_own(processor):
+    expected = list(processor.image_layout_ids((2, 3)))
+    processor.image_layout_ids((2, 3)).clear()
+    assert processor.image_layout_ids([2, 3]) == expected
+    positions = processor.image_processor.image_input_idx((2, 3))
+    kept = positions.clone()
+    positions.zero_()
+    assert torch.equal(processor.image_processor.image_input_idx((2, 3)), kept)
 
 
 def test_every_patch_token_is_filled_exactly_once(processor, images):
@@ -170,6 +213,19 @@ def test_tokenizer_without_image_tokens_is_refused(processor):
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ValueError, match="the tokenizer lacks <im_start>, <im_end>, <im_patch>, <im_col>"):
         MolmoProcessor(processor.image_processor, bare)
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused(processor):
+    from transformers import PreTrainedTokenizer
+
+    class Slow(PreTrainedTokenizer):
+        vocab_size = 0
+
+        def get_vocab(self):
+            return {}
+
+    with pytest.raises(ValueError, match=r"the tokenizer is a Slow: give a fast one \(PreTrainedTokenizerFast\)"):
+        MolmoProcessor(processor.image_processor, Slow())
 
 
 def test_word_tokenizer_puts_image_tokens_behind_the_words():

@@ -106,6 +106,15 @@ def test_is_saved_and_loaded_like_every_model(network, tmp_path):
         torch.testing.assert_close(predicted, all_expected(network))
 
 
+def test_its_latencies_are_of_the_model_alone(network, tmp_path):
+    path = save(tmp_path / "a.pt", network)
+    estimator = read_latency_estimator(path, "model")
+    assert estimator.latency_scope == "model" and estimator.way is None
+    with pytest.raises(ValueError, match="of the model alone, .* or pass `--latency_scope model`") as error:
+        read_latency_estimator(path, "request")
+    assert "\n" not in str(error.value)
+
+
 def test_statistics_in_the_file_are_used(network, tmp_path):
     mean, std = torch.tensor([900.0, 25.0, 1.0, 6.0, 14.0]), torch.tensor([600.0, 9.0, 0.8, 2.0, 1.6])
     path = save(

@@ -36,7 +36,8 @@ def test_every_number_ends_up_where_it_belongs(tmp_path):
     assert (row["num_views"], row["vision_tokens"], row["text_tokens"], row["output_tokens"]) == (7, 1008, 23, 3)
     assert row["executor_shape"] == row["device_name"] == "unknown" and row["executor_type"] == "molmo"
     assert KnobSpace.from_dict(json.loads(row["knob_space"])) == results.knob_space
-    assert row["image_processing_ms"] is None
+    assert row["latency_scope"] == "model" and row["request_ms"] is None and row["image_pixels"] is None
+    assert row["overhead_ms"] is row["controller_ms"] is row["image_processing_ms"] is None
     [sample] = [sample for sample in results.samples if sample["sample_id"] == "text_vqa/recorded/3"]
     assert sample["question"] == "What color is number 3?" and sample["answers"] == ["red"] * 10
     assert (sample["style"], sample["metric"], sample["image_id"]) == ("text_vqa", "vqa_accuracy", "1003")

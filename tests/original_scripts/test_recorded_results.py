@@ -123,6 +123,7 @@ def test_the_latency_estimator_is_fitted_to_an_import(tmp_path, tiny_molmo_confi
     )
     [latency_ms] = unknown.predict_latency_ms([setting], counts, [3]).tolist()
     assert latency_ms == pytest.approx(90.0 + 2 * 14.8, rel=0.1)  # by the formulas of recorded_world.py
+    assert unknown.latency_scope == "model" and unknown.way is None
     executor = SimpleNamespace(model_type="molmo", shape=molmo_shape(tiny_molmo_config))
     unknown.check_executor(executor)  # warns
     known.check_executor(executor)

@@ -11,11 +11,11 @@ from PIL import Image
 from recorded_world import TIER_RANGES, make_entry, write_results
 from safetensors.torch import load_file
 
-from joint_controller import JointControllerModel, JointPipeline
+from joint_controller import JointControllerModel, JointPipeline, LatencyEstimatorConfig, LatencyEstimatorModel
 from joint_controller.cli import main
 from joint_controller.latency import read_latency_estimator
 from joint_controller.molmo.knob_space import build_knob_space
-from joint_controller.original_scripts import OriginalLatencyEstimatorModel
+from joint_controller.original_scripts import OriginalLatencyEstimatorModel, load_recorded_results
 from joint_controller.scripts import train
 from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE
 
@@ -82,7 +82,11 @@ def test_the_original_command_line_without_model_and_estimator(shared_dir, tmp_p
     text, entries = log_of(run)
     assert "There are no results of okvqa" in text
     assert "The controller sees the latency budget alone" in text
-    assert "Latencies are those that were recorded" in text
+    assert "Latencies are those that were recorded" in text and "Latencies are those of the model alone." in text
+    assert (
+        "Latencies are those of the model alone, as they were recorded, at batch 1." in (run / "README.md").read_text()
+    )
+    assert controller.config.max_new_tokens is None
     assert "it is lowered to 6" in text
     assert [entry["step"] for entry in entries if "eval_reward" in entry] == [1, 2]
     assert [entry["learning_rate"] for entry in entries if "learning_rate" in entry] == [1e-4, 5e-5]
@@ -113,6 +117,22 @@ def test_the_original_command_line_with_model_and_estimator(shared_dir, tmp_path
     assert all(52 + 10 <= entry["eval_latency_ms"] <= 56 + 25 for entry in entries if "eval_latency_ms" in entry)
     assert isinstance(read_latency_estimator(run / "latency_estimator"), OriginalLatencyEstimatorModel)
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_of_an_estimator_of_whole_requests_the_models_share_is_taken(results_dir, tmp_path):
+    knobs = {"tier": ["low", "medium", "high"], "top_k": [4, 8], "num_blocks": [12, 16]}
+    estimator = LatencyEstimatorModel(LatencyEstimatorConfig(executor_type="molmo", fitted_knobs=knobs))
+    for parameter in estimator.parameters():
+        parameter.fill_(1e-3)
+    estimator.save_pretrained(tmp_path / "whole")
+    assert run_train(results_dir, tmp_path / "run", "--latency_estimator_path", tmp_path / "whole") == 0
+    kept = read_latency_estimator(tmp_path / "run" / "latency_estimator")
+    assert estimator.latency_scope == "request" and kept.latency_scope == "model"
+    outcomes = load_recorded_results(results_dir).known_outcomes()
+    assert torch.equal(kept.latency_ms(outcomes), estimator.in_scope("model").latency_ms(outcomes))
+    with pytest.raises(ValueError, match="`image_pixels` is missing, which the stage 'image_processing' depends on"):
+        estimator.latency_ms(outcomes)
+    assert "of the model alone, estimated, at batch 1" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_stage_2_sees_the_images_where_they_are_at_hand(results_dir, model_path, tmp_path):
@@ -230,7 +250,9 @@ def test_a_pipeline_takes_a_controller_that_was_trained_on_results(tmp_path, mod
     with pytest.raises(FileNotFoundError, match="trained on recorded latencies: give `latency_estimator_path`"):
         JointPipeline.from_pretrained(tmp_path / "run", model_path)
     estimator_path = write_original_estimator(tmp_path / "best_latency_estimator.pt")
-    pipeline = JointPipeline.from_pretrained(tmp_path / "run", model_path, estimator_path, max_new_tokens=2)
+    pipeline = JointPipeline.from_pretrained(
+        tmp_path / "run", model_path, estimator_path, guardrail_quantile=None, max_new_tokens=2
+    )
     answer = pipeline(image, "what color is the star?", latency_budget_ms=60)
     assert answer.setting in pipeline.executor.knob_space and 48 <= answer.latency_ms <= 54
 
@@ -353,6 +375,10 @@ def test_cuda_where_there_is_none_is_refused(results_dir, tmp_path, capsys):
         ),
         (["--model_path", "/no/such/model"], "'/no/such/model' does not exist"),
         (["--latency_estimator_path", "none.pt"], "latency estimator 'none.pt' does not exist"),
+        (
+            ["--latency_scope", "request"],
+            "recorded results say what the model's stages took, not whole requests: leave",
+        ),
         (["--num_threads", "0"], "`num_threads` is 0: give 1 or more"),
         (["--knob_values", "top_k=5"], "knob `top_k` has no value 5: choose from [4, 8]"),
         (["--knob_values", "top_k=four"], "knob `top_k` takes values of the type int32, got 'four'"),

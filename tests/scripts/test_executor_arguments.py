@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from joint_controller.knobs import KnobSetting
-from joint_controller.latency import LatencyEstimatorModel, profiling
+from joint_controller.latency import LatencyEstimatorModel, read_latency_estimator
+from joint_controller.latency.way_of_running import WayOfRunning
 from joint_controller.scripts import ScriptParser
 from joint_controller.scripts.executor_arguments import (
     ExecutorArguments,
@@ -134,31 +135,71 @@ def test_threads():
         set_num_threads(parse("--num_threads", "0"))
 
 
+COUNTS = {"image_pixels": [4096], "num_views": [4], "vision_tokens": [200], "text_tokens": [20]}
+
+
 def test_latency_estimators(tmp_path):
     args = parse()
     executor = load_executor_from(args, "cpu")
     shipped = load_latency_estimator(args, executor)
-    assert shipped.config.device_name.endswith("(1 threads)")
+    assert shipped.way.num_threads == 1 and shipped.latency_scope == "request"
     [named] = [load_latency_estimator(replace(args, latency_estimator_path="embedded_cpu"), executor)]
     full = executor.knob_space.full
-    counts = {"num_views": [4], "vision_tokens": [200], "text_tokens": [20]}
-    expected = shipped.predict_latency_ms([full], counts, [2])
-    assert torch.equal(named.predict_latency_ms([full], counts, [2]), expected)
+    expected = shipped.predict_latency_ms([full], COUNTS, [2])
+    assert torch.equal(named.predict_latency_ms([full], COUNTS, [2]), expected)
 
     shipped.save_pretrained(tmp_path)
     own = load_latency_estimator(replace(args, latency_estimator_path=str(tmp_path)), executor)
     assert isinstance(own, LatencyEstimatorModel)
-    assert torch.equal(own.predict_latency_ms([KnobSetting(dict(full))], counts, [2]), expected)
+    assert torch.equal(own.predict_latency_ms([KnobSetting(dict(full))], COUNTS, [2]), expected)
 
 
-def test_latency_estimators_that_there_are_not_are_refused(monkeypatch):
+def test_latencies_are_of_the_scope_that_is_asked_for(tmp_path):
+    executor = load_executor_from(parse(), "cpu")
+    whole = load_latency_estimator(parse("--latency_scope", "request"), executor)
+    of_model = load_latency_estimator(parse("--latency_scope", "model"), executor)
+    assert (whole.latency_scope, of_model.latency_scope) == ("request", "model")
+    full = executor.knob_space.full
+    stage_ms = whole.predict_stage_ms([full], COUNTS, [2])
+    model_ms = sum(stage_ms[stage] for stage in ("vision", "llm_prefill", "decode"))
+    assert of_model.predict_latency_ms([full], COUNTS, [2]).item() == pytest.approx(model_ms.item())
+    of_model.save_pretrained(tmp_path)
+    flags = ["--latency_estimator_path", str(tmp_path)]
+    assert load_latency_estimator(parse(*flags, "--latency_scope", "model"), executor).latency_scope == "model"
+    with pytest.raises(ValueError, match="of the model alone, .* or pass `--latency_scope model`") as error:
+        load_latency_estimator(parse(*flags), executor)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="latency_scope.* invalid choice: 'all'"):
+        parse("--latency_scope", "all")
+
+
+def test_what_ships_for_another_checkpoint_is_of_this_way_of_running(monkeypatch):
+    """Executors of the embedded one's sizes that are not the embedded one."""
+    executor, args = load_executor_from(parse(), "cpu"), parse("--model_path", "elsewhere")
+    there = read_latency_estimator("embedded_cpu").way
+    monkeypatch.setattr(WayOfRunning, "of", lambda executor: there)
+    assert load_latency_estimator(args, executor).way == there
+    # The code may be another.
+    monkeypatch.setattr(WayOfRunning, "of", lambda executor: replace(there, executor_revision="another"))
+    assert load_latency_estimator(args, executor).way == there
+    for other, message in (
+        (
+            {"num_threads": 7},
+            r"that ships is of another way of running \(threads 1 there, 7 here\); give `--latency_estim",
+        ),
+        (
+            {"device_name": "another processor"},
+            r"'elsewhere' on another processor: one ships for .+; give `--latency_est",
+        ),
+    ):
+        monkeypatch.setattr(WayOfRunning, "of", lambda executor, other=other: replace(there, **other))
+        with pytest.raises(ValueError, match=message):
+            load_latency_estimator(args, executor)
+
+
+def test_latency_estimators_that_there_are_not_are_refused():
     executor = load_executor_from(parse(), "cpu")
     with pytest.raises(FileNotFoundError, match="'no-such-estimator' does not exist"):
         load_latency_estimator(parse("--latency_estimator_path", "no-such-estimator"), executor)
     with pytest.raises(ValueError, match="was fitted on another executor"):
-        load_latency_estimator(parse("--latency_estimator_path", "molmoe_1b_h200"), executor)
-    # For another checkpoint of the same sizes, what ships is for one kind of processor.
-    monkeypatch.setattr(profiling, "device_name", lambda device: "another processor")
-    message = r"'elsewhere' on another processor: one ships for .+; give `--latency_estimator_path fit`"
-    with pytest.raises(ValueError, match=message):
-        load_latency_estimator(parse("--model_path", "elsewhere"), executor)
+        load_latency_estimator(parse("--latency_estimator_path", "molmoe_1b_h100"), executor)

@@ -17,9 +17,10 @@ from joint_controller.data import load_vqa_datasets
 from joint_controller.latency import load_profile, profiling, save_profile
 from joint_controller.latency.profile_inputs import make_profile_inputs
 from joint_controller.latency.profile_journal import JOURNAL_FILE
-from joint_controller.latency.profile_table import PROFILE_FILE, profile_settings
+from joint_controller.latency.profile_table import PROFILE_FILE, ProfileSchema, profile_settings
 from joint_controller.latency.profiling import profile_executor
 from joint_controller.molmo.executor import MolmoExecutor
+from joint_controller.request_path import RequestPath
 from joint_controller.scripts import fit_latency, profile, run_script
 
 
@@ -64,10 +65,17 @@ def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_
         assert row["vision_tokens"] == executor.processor.count_vision_tokens(128, 128, tier=row["tier"])
         assert row["output_tokens"] == 3 and row["num_repeats"] == 2 and row["image_processing_ms"] > 0
         assert row["executor_fingerprint"] == executor.fingerprint
-        assert row["executor_dtype"] == "float32" and row["torch_version"] == torch.__version__
+        assert row["executor_dtype"] == "float32" and f"torch {torch.__version__}," in row["library_versions"]
+        assert (row["device_type"], row["num_threads"]) == ("cpu", str(torch.get_num_threads()))
+        assert row["image_pixels"] == 128 * 128 and row["latency_scope"] == "request"
         assert row["executor_mode"] == executor.mode and row["driver_version"] == "none"
         assert len(row["decode_ms"]) == 2 and row["prefill_lengths"] is None
-        assert row["controller_ms"] > 0 and row["executor_type"] == "molmo"
+        assert row["controller_ms"] > 0 and row["overhead_ms"] > 0 and row["executor_type"] == "molmo"
+        # Whole requests are more than their model stages, and both at each repeat.
+        assert len(row["request_ms"]) == len(row["model_ms"]) == 2
+        before = row["overhead_ms"] + row["controller_ms"] + row["image_processing_ms"]
+        differences = [whole - model for whole, model in zip(row["request_ms"], row["model_ms"], strict=True)]
+        assert sum(differences) / 2 == pytest.approx(before)
         assert KnobSpace.from_dict(json.loads(row["knob_space"])) == executor.knob_space
         # Of two repeats of two steps each, medians are means.
         assert row["decode_ms_per_token"] == pytest.approx(sum(row["decode_ms"]) / 2)
@@ -88,17 +96,17 @@ def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_fo
     table = load_profile(profile_folder)
     counts = {name: table[name][:] for name in executor.count_names}
     predicted = model.predict_latency_ms(profile_settings(table), counts, table["output_tokens"][:]).median().item()
-    measured = torch.tensor(
-        [row["vision_ms"] + row["llm_prefill_ms"] + 2 * row["decode_ms_per_token"] for row in table]
-    ).median()
+    measured = torch.tensor([sum(row["request_ms"]) / 2 for row in table]).median()
     assert measured.item() / 3 < predicted < measured.item() * 3
 
 
+@pytest.mark.slow
 def test_an_estimator_is_adapted_to_another_profile(profile_folder, tmp_path, capsys):
     assert run_fit(profile_folder, tmp_path / "base") == 0
     slower = load_profile(profile_folder).map(
         lambda row: (
-            {name: 3 * row[name] for name in ("vision_ms", "llm_prefill_ms", "decode_ms_per_token")}
+            {name: 3 * row[name] for name in ProfileSchema.of([row]).predicted_columns}
+            | {name: [3 * ms for ms in row[name]] for name in ("request_ms", "model_ms")}
             | {"device_name": "a slower machine"}
         )
     )
@@ -141,13 +149,13 @@ def test_time_limit_measures_a_spread_out_subset(executor_folder):
 
 @pytest.mark.parametrize(("slow_request_s", "num_warm_ups"), [(1e9, 6 + 6 + 12), (0.0, 1 + 6)])
 def test_slow_requests_are_not_warmed_up_one_by_one(executor_folder, monkeypatch, slow_request_s, num_warm_ups):
-    calls, time_request = [], MolmoExecutor.time_request
+    calls, time_request = [], RequestPath.time
 
     def counted(self, request, **kwargs):
         calls.append((request.setting, request.sample_id))
         return time_request(self, request, **kwargs)
 
-    monkeypatch.setattr(MolmoExecutor, "time_request", counted)
+    monkeypatch.setattr(RequestPath, "time", counted)
     monkeypatch.setattr(profiling, "SLOW_REQUEST_S", slow_request_s)
     executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
     settings = list(executor.knob_space)[:4]
@@ -164,6 +172,7 @@ def run_profile(folder, executor_folder, *flags):
     return run_script("profile", profile.make_parser, profile.main, [str(flag) for flag in flags])
 
 
+@pytest.mark.slow
 def test_a_killed_profile_goes_on_where_it_stopped(executor_folder, tmp_path, monkeypatch, capsys):
     """Killed at random moments; every timing that was taken is kept and none is taken again."""
     folder, journal = tmp_path / "profile", tmp_path / "profile" / JOURNAL_FILE
@@ -196,13 +205,13 @@ def test_a_killed_profile_goes_on_where_it_stopped(executor_folder, tmp_path, mo
     # The end of a write that was cut off.
     with journal.open("ab") as file:
         file.write(json.dumps(kept[-1]).encode()[:40])
-    calls, time_request = [], MolmoExecutor.time_request
+    calls, time_request = [], RequestPath.time
 
     def counted(self, request, **kwargs):
         calls.append(request)
         return time_request(self, request, **kwargs)
 
-    monkeypatch.setattr(MolmoExecutor, "time_request", counted)
+    monkeypatch.setattr(RequestPath, "time", counted)
     saved = {}
     unlink = type(journal).unlink
     monkeypatch.setattr(type(journal), "unlink", lambda path: (saved.update({path: path.read_bytes()}), unlink(path)))

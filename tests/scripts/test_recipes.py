@@ -46,12 +46,19 @@ def test_sweep(trained, tmp_path, capsys):
     sweep = Dataset.from_parquet(str(tmp_path / "sweep.parquet"))
     assert len(sweep) == 8 * 5 and set(sweep["num_samples"]) == {4}
     assert sweep["policy"][:5] == ["controller", "guarded", "best static", "full", "random"]
-    assert "best static" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "best static" in shown and "latencies of whole requests" in " ".join(shown.split())
+    of_model = [*map(str, flags), "--output_dir", str(tmp_path / "model"), "--latency_scope", "model"]
+    assert main(["sweep", "--config", recipe, *of_model]) == 0
+    assert "latencies of the model alone" in " ".join(capsys.readouterr().out.split())
+    less = Dataset.from_parquet(str(tmp_path / "model" / "sweep.parquet"))
+    of_full = [[row["latency_ms"] for row in table if row["policy"] == "full"] for table in (sweep, less)]
+    assert max(of_full[1]) < min(of_full[0])
     assert main(["sweep", "--config", recipe, *map(str, flags)]) == 2
     assert "exists already" in capsys.readouterr().err
     flags[-5:-4] = [tmp_path / "another"]
     assert main(["sweep", "--config", recipe, *map(str, flags), "--guardrail_quantile", "0.5"]) == 2
-    assert "has no quantile 0.5 of 'total'" in capsys.readouterr().err.splitlines()[-1]
+    assert "has no quantile 0.5 (it has ['0.9', '0.95', '0.99'])" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sweep_without_a_controller_is_refused(capsys, tmp_path):

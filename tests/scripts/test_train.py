@@ -86,14 +86,17 @@ def folders(tmp_path_factory, tiny_molmo, tiny_processor):
             executor_type=executor_type,
             fitted_knobs={"tier": ["low", "medium", "high"], "top_k": [1, 4], "num_blocks": [1, 4]},
             executor_shape=shape,
-            upper_quantiles={"total": {"0.95": 1.5}},
+            upper_quantiles={"request": {"0.95": 1.5}},
         )
     )
-    for stage in ("vision", "llm_prefill", "decode"):
-        estimator.get_parameter(f"{stage}_units").data[:, :-1] = 1.0  # steps of no height: the factor is 1
-    estimator.vision_coefficients.data[1] = 1.0
-    estimator.llm_prefill_coefficients.data[1] = 1.0
-    estimator.decode_coefficients.data[2] = 1.0
+    # 1 ms a view, 1 ms a block, 1 ms a block and expert; next to nothing for the rest of a request.
+    features = {"vision": (1, 1.0), "llm_prefill": (1, 1.0), "decode": (2, 1.0)}
+    for stage in estimator.costs.stages:
+        feature, ms = features.get(stage, (0, 1e-6))
+        coefficients, units = (torch.zeros_like(values) for values in estimator.stage_parameters(stage))
+        coefficients[feature] = ms
+        units[:, :-1] = 1.0  # steps of no height: the factor is 1
+        estimator.set_stage_parameters(stage, coefficients, units)
     estimator.save_pretrained(root / "estimator")
     write_data(root / "data")
     return root

@@ -239,6 +239,9 @@ class CapturedInference:
 
     def _upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies views or masks to the device, in the model's precision, without waiting for what goes on there."""
+        if source.device == target.device:
+            target.copy_(source)
+            return
         buffers = self._pinned[target.shape[1:]]
         most = len(buffers[0][0])
         for part, place in zip(source.split(most), target.split(most), strict=True):

@@ -100,6 +100,7 @@ class CpuInference(Inference):
         self.lm_head = PackedLinear(model.lm_head.weight)
         self.spare_memory = _SpareMemory()
         self._rotations = self._make_rotations(1024)
+        self._prepared: set[tuple[str, int]] = set()  # what was compiled for, by kind and number of rows
 
     @staticmethod
     def supports(model: MolmoForConditionalGeneration) -> bool:
@@ -111,6 +112,27 @@ class CpuInference(Inference):
     @torch.inference_mode()
     def image_features(self, pixel_values: torch.Tensor, image_masks: torch.Tensor) -> torch.Tensor:
         return self.vision(pixel_values[0].float(), image_masks[0].float())
+
+    @torch.inference_mode()
+    def prepare(self, num_views: int, length: int, num_blocks: int) -> None:
+        """Has oneDNN compile its products for the views, and for all rows that the blocks of such a prompt may have (see
+        `_rounded`): each takes up to a millisecond, once a process."""
+        if ("views", num_views) not in self._prepared:
+            self._prepared.add(("views", num_views))
+            config = self.model.config.vision_config
+            patches = (config.image_size // config.patch_size) ** 2
+            self.vision(torch.zeros(num_views, patches, 3 * config.patch_size**2), torch.ones(num_views, patches))
+        block = self.blocks[0]
+        if ("tokens", _rounded(length)) not in self._prepared:
+            self._prepared.add(("tokens", _rounded(length)))
+            for layer in (block.qkv, block.out):
+                layer(torch.zeros(_rounded(length), layer.weight.shape[1]))
+            # An expert may be sent any number of them.
+            for rows in {_rounded(number) for number in range(1, length + 1)}:
+                if ("expert", rows) not in self._prepared:
+                    self._prepared.add(("expert", rows))
+                    for layer in (block.gate_up[0], block.down[0]):
+                        layer(torch.zeros(rows, layer.weight.shape[1]))
 
     @torch.inference_mode()
     def prefill(

@@ -9,33 +9,31 @@ run through the active blocks as a left-padded batch. *Decode*: greedily, until 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BatchFeature
 
 from ...executor.families import EMBEDDED, find_model_folder
-from ...executor.requests import ExecutorOutput, ExecutorRequest, StageTimes
+from ...executor.requests import ExecutorOutput, ExecutorRequest
+from ...executor.stage_clock import StageClock
+from ...images import oriented_size
 from ...knobs import KnobSetting, KnobSpace
 from .. import MolmoConfig, MolmoForConditionalGeneration, MolmoProcessor
 from ..blocks.block_selection import BlockSelection
 from ..knob_space import check_knob_space, molmo_knob_space, tier_crops_of
-from ..processing_molmo import IMAGE_TOKENS, PROMPT
+from ..processing_molmo import PROMPT
 from ..shape import molmo_shape
 from .answering import answer_requests
 from .dataset_blocks import DatasetBlocks, read_importance
 from .decoding import collate_prompts, finish_answers
-from .encoding import EncodedSample, SampleEncoder
+from .encoding import EncodedSample, ImageLayout, PreparedSample, SampleEncoder
 from .fingerprint import digest_of, model_digest
 from .inference import Decoding, load_inference
-from .input_counter import COUNT_NAMES, count_inputs
-from .timing import STAGE_NAMES, time_request
-
-
-if TYPE_CHECKING:
-    from ...controller import RequestController
+from .input_counter import COUNT_NAMES, count_inputs, counts_of
+from .open_request import STAGE_NAMES, MolmoOpenRequest
+from .warm_up import warm_up
 
 
 class MolmoExecutor:
@@ -141,10 +139,8 @@ class MolmoExecutor:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.max_batch_tokens = max_batch_tokens
-        image_tokens = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
-        self.encoder = SampleEncoder(
-            self.inference, self._process, image_tokens, model.device, num_workers, vision_cache_bytes
-        )
+        self._layouts: dict[tuple[int, int], ImageLayout] = {}  # a few dozen at most
+        self.encoder = SampleEncoder(self.inference, self.prepare, model.device, num_workers, vision_cache_bytes)
         self._blocks = DatasetBlocks(importance, text_config.num_hidden_layers)
         self.knob_space = molmo_knob_space(model.config) if knob_space is None else knob_space
 
@@ -252,13 +248,19 @@ class MolmoExecutor:
     def question_features(self, questions: Sequence[str]) -> torch.Tensor:
         """As [`FeatureSource.question_features`]: the mean of the token embeddings of each question. A `ValueError`
         tells of an empty one."""
-        features = []
-        for row, question in enumerate(questions):
-            ids = self.processor.tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            if ids.numel() == 0:
-                raise ValueError(f"question {row} is empty: every sample needs a question.")
-            features.append(self.model.get_input_embeddings()(ids.to(self.device))[0].float().mean(dim=0))
-        return torch.stack(features)
+        return torch.stack(
+            [
+                self.question_feature(self.processor.question_ids(question), row)
+                for row, question in enumerate(questions)
+            ]
+        )
+
+    @torch.inference_mode()
+    def question_feature(self, ids: list[int], row: int = 0) -> torch.Tensor:
+        """As [`~MolmoExecutor.question_features`], `(question_size,)`, of a question whose tokens are known."""
+        if not ids:
+            raise ValueError(f"question {row} is empty: every sample needs a question.")
+        return self.model.get_input_embeddings()(torch.tensor(ids).to(self.device)).float().mean(dim=0)
 
     @torch.inference_mode()
     def vision_features(self, requests: Sequence[ExecutorRequest]) -> torch.Tensor:
@@ -289,9 +291,27 @@ class MolmoExecutor:
         """Drops the encoded images that are kept for further requests about them."""
         self.encoder.forget()
 
-    def _process(self, sample: ExecutorRequest, image: Image.Image, tier: str) -> BatchFeature:
-        tier_crops = tier_crops_of(self.knob_space)
-        return self.processor(images=image, text=sample.question, style=sample.style, tier=tier, tier_crops=tier_crops)
+    def prepare(
+        self, sample: ExecutorRequest, image: Image.Image, tier: str, prompt_ids: list[int] | None = None
+    ) -> PreparedSample:
+        """Cuts a sample's image at a tier, on the GPU if the model is there. Its prompt is tokenized if it is not yet."""
+        if prompt_ids is None:
+            prompt_ids = self.processor.prompt_ids(sample.question, sample.style)
+        size, image_processor = oriented_size(image), self.processor.image_processor
+        tiling = image_processor.choose_tiling(*reversed(size), tier=tier, tier_crops=tier_crops_of(self.knob_space))
+        views, masks = image_processor.cut(image, tiling, self.device)
+        counts = counts_of(self.processor, size, tiling, len(prompt_ids))
+        return PreparedSample(views[None], masks[None], self._layout(tiling), prompt_ids, counts)
+
+    def _layout(self, tiling: tuple[int, int]) -> ImageLayout:
+        if tiling not in self._layouts:
+            ids = torch.tensor([self.processor.bos_token_id, *self.processor.image_layout_ids(tiling)])
+            positions = self.processor.image_processor.image_input_idx(tiling).flatten()
+            (places,) = (positions >= 0).nonzero(as_tuple=True)
+            # The image's first token follows the beginning-of-sequence token.
+            parts = (ids, places, 1 + positions[places])
+            self._layouts[tiling] = ImageLayout(tiling, *(part.to(self.device) for part in parts))
+        return self._layouts[tiling]
 
     # --- what it answers ------------------------------------------------------------------------------------------
 
@@ -334,7 +354,7 @@ class MolmoExecutor:
         does not depend on the other requests (in float32; bfloat16 kernels round differently for different batch
         shapes, so that a near tie may fall either way)."""
         for request in requests:
-            self._check_setting(request)
+            self.check_setting(request)
         outputs: dict[int, ExecutorOutput] = {}
         with tqdm(total=len(requests), desc="Answering", unit="request", disable=None if progress else True) as bar:
             for batch in answer_requests(self, requests):
@@ -344,20 +364,16 @@ class MolmoExecutor:
                     on_batch(list(batch.values()))
         return [outputs[position] for position in range(len(requests))]
 
-    @torch.inference_mode()
-    def time_request(
-        self,
-        request: ExecutorRequest,
-        repeats: int = 5,
-        warmup: int = 2,
-        decode_steps: int | None = None,
-        controller: "RequestController | None" = None,
-    ) -> StageTimes:
-        """As [`Executor.time_request`], in one pass, image processing included."""
-        self._check_setting(request)
-        return time_request(self, request, repeats, warmup, decode_steps, controller)
+    def open(self, request: ExecutorRequest, clock: StageClock) -> MolmoOpenRequest:
+        """As [`Executor.open`]."""
+        return MolmoOpenRequest(self, request, clock)
 
-    def _check_setting(self, request: ExecutorRequest) -> None:
+    def warm_up(self, progress: bool = False) -> None:
+        """As [`Executor.warm_up`]."""
+        warm_up(self, progress)
+
+    def check_setting(self, request: ExecutorRequest) -> None:
+        """Refuses (`ValueError`) a request at a setting outside the knob space."""
         if request.setting not in self.knob_space:
             raise ValueError(
                 f"sample '{request.sample_id}' asks for the setting '{request.setting}', which is outside the knob space "

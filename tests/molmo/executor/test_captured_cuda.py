@@ -18,6 +18,7 @@ from joint_controller.molmo import MolmoForConditionalGeneration
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.molmo.executor.inference import PlainInference, load_inference
 from joint_controller.molmo.knob_space import build_knob_space
+from joint_controller.request_path import RequestPath
 
 
 pytestmark = [
@@ -267,7 +268,7 @@ def test_answers_of_the_executor_equal_those_of_the_plain_mode(
     assert executor.run(requests) == expected_outputs
     for request, output in zip(requests[:9], expected_outputs, strict=False):
         assert executor.run([request]) == [output]
-        assert executor.time_request(request, repeats=1, warmup=0).output_tokens == output.output_tokens
+        assert RequestPath(executor).time(request, repeats=1, warmup=0).output_tokens == output.output_tokens
 
 
 def test_memory_does_not_grow_over_requests_at_random_settings(model, tiny_processor, requests):

@@ -1,9 +1,7 @@
 """The executor against transformers' `generate`, one request at a time."""
 
 import random
-import time
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +9,7 @@ import torch
 from molmo_knobs import molmo_setting
 from PIL import Image
 
-from joint_controller import JointControllerConfig, JointControllerModel
-from joint_controller.controller import RequestController
-from joint_controller.executor import ExecutorRequest
+from joint_controller.executor import ExecutorRequest, StageClock
 from joint_controller.molmo import MolmoForConditionalGeneration
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.molmo.knob_space import build_knob_space, tier_crops_of
@@ -337,7 +333,8 @@ def test_counts_are_those_of_the_encoded_request_at_each_setting(executor, image
         )
         settings = random.Random(index).sample(list(executor.knob_space), 12)
         counts = executor.count_inputs(request, settings)
-        assert tuple(counts) == executor.count_names == ("num_views", "vision_tokens", "text_tokens")
+        assert tuple(counts) == executor.count_names
+        assert executor.count_names == ("image_pixels", "num_views", "vision_tokens", "text_tokens")
         for position, setting in enumerate(settings):
             [encoded] = executor.encode([request], setting["tier"])
             assert {name: values[position] for name, values in counts.items()} == encoded.counts
@@ -352,8 +349,8 @@ def test_a_request_is_counted_with_one_tokenisation_and_without_its_pixels(execu
 
     image = Unread()
     image._size, image._mode = (90, 40), "RGB"
-    tokenizer, calls = executor.processor.tokenizer, []
-    monkeypatch.setattr(type(tokenizer), "__call__", _recorded(type(tokenizer).__call__, calls))
+    processor, calls = executor.processor, []
+    monkeypatch.setattr(type(processor), "prompt_ids", _recorded(type(processor).prompt_ids, calls))
     counts = executor.count_inputs(
         ExecutorRequest("one", image, QUESTIONS[0], "vqa2", executor.knob_space.full), list(executor.knob_space)
     )
@@ -372,7 +369,7 @@ def test_an_unknown_style_is_refused_wherever_a_question_is_put(executor, images
     request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa3", executor.knob_space.cheapest)
     for ask in (
         lambda: executor.run([request]),
-        lambda: executor.time_request(request),
+        lambda: executor.open(request, StageClock(executor.device)),
         lambda: executor.vision_features([request]),
         lambda: executor.count_inputs(request, [request.setting]),
     ):
@@ -471,48 +468,44 @@ def test_a_new_knob_space_is_checked_and_drops_encoded_images(executor, images):
         executor.knob_space = build_knob_space({"low": (1, 1)}, (4,), (5,))
 
 
-def test_time_request_measures_every_stage(executor, images):
+def test_a_request_that_is_opened_is_answered_as_in_a_batch(executor, images):
+    """Step by step and by itself: the same features, counts and answer."""
+    for image, question, setting in zip(images, QUESTIONS, executor.knob_space.settings[::5], strict=False):
+        request = ExecutorRequest(question, image, question, "vqa2", setting)
+        opened = executor.open(request, StageClock(executor.device))
+        assert opened.count_inputs(request, list(executor.knob_space)) == executor.count_inputs(
+            request, list(executor.knob_space)
+        )
+        assert torch.equal(opened.question_features([question]), executor.question_features([question]))
+        torch.testing.assert_close(opened.vision_features([request]), executor.vision_features([request]))
+        assert opened.answer(setting) == executor.run([request])[0]
+
+
+def test_an_opened_request_marks_every_stage(executor, images):
+    clock = StageClock(executor.device)
     request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", executor.knob_space.full)
-    output = executor.run([request])[0]
-    times = executor.time_request(request, repeats=3, warmup=1)
-    assert times.counts == output.counts and tuple(times.counts) == executor.count_names
-    assert times.output_tokens == output.output_tokens == len(times.decode_ms) + 1
-    tiling = executor.processor.image_processor.choose_tiling(
-        48, 48, tier="high", tier_crops=tier_crops_of(executor.knob_space)
-    )
-    assert times.counts["num_views"] == 1 + tiling[0] * tiling[1]
-    assert tuple(times.stage_ms) == executor.stage_names == ("image_processing", "vision", "llm_prefill")
-    assert all(0.01 < stage < 10_000 for stage in (*times.stage_ms.values(), *times.decode_ms))
-    assert len(executor.time_request(request, repeats=1, warmup=0, decode_steps=9).decode_ms) == 9
-    with pytest.raises(ValueError, match="`repeats` is 0"):
-        executor.time_request(request, repeats=0)
-    outside = replace(request, setting=molmo_setting("high", 3, 4))
+    opened = executor.open(request, clock)
     with pytest.raises(ValueError, match="top_k=3.*outside the knob space"):
-        executor.time_request(outside)
+        opened.answer(molmo_setting("high", 3, 4))
+    output = opened.answer(request.setting, decode_steps=9)
+    times = clock.stop("overhead")
+    assert tuple(times) == ("overhead", "controller", *executor.stage_names, "decode")
+    assert executor.stage_names == ("image_processing", "vision", "llm_prefill")
+    assert len(times["decode"]) == 9 and output.output_tokens == 10
+    assert all(0 < span < 10_000 for spans in times.values() for span in spans)
 
 
-def test_time_request_counts_both_stages_of_a_controller_apart(executor, images):
-    class Slow(torch.nn.Module):
-        def __init__(self, stage, seconds):
-            super().__init__()
-            self.stage, self.seconds = stage, seconds
-
-        def forward(self, *inputs):
-            time.sleep(self.seconds)
-            return self.stage(*inputs)
-
-    space = executor.knob_space
-    sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
-    model = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes))
-    controller = RequestController(model)
-    request = ExecutorRequest("one", images[0], QUESTIONS[0], "vqa2", space.cheapest)
-    assert executor.time_request(request, repeats=1).controller_ms is None
-    quick = executor.time_request(request, repeats=3, decode_steps=2, controller=controller)
-    model.stage1, model.stage2 = Slow(model.stage1, 0.4), Slow(model.stage2, 0.6)
-    slow = executor.time_request(request, repeats=1, warmup=0, decode_steps=2, controller=controller)
-    assert 0 < quick.controller_ms < 400 and 1000 <= slow.controller_ms < 2000
-    # Nothing of it in the other stages.
-    assert max(*slow.stage_ms.values(), *slow.decode_ms) < 400
+def test_warming_up_changes_no_answer_and_prepares_every_shape(tiny_molmo, tiny_processor, knob_space, requests):
+    cold, warm = (MolmoExecutor(tiny_molmo, tiny_processor, knob_space, max_new_tokens=6) for _ in range(2))
+    prepared, prepare = [], warm.inference.prepare
+    warm.inference.prepare = lambda *shape: prepared.append(shape) or prepare(*shape)
+    warm.warm_up()
+    assert [one.answer for one in warm.run(requests)] == [one.answer for one in cold.run(requests)]
+    asked = [warm.count_inputs(request, [request.setting]) for request in requests]
+    for counts, request in zip(asked, requests, strict=True):
+        [num_views], [vision], [text] = (counts[name] for name in ("num_views", "vision_tokens", "text_tokens"))
+        assert (num_views, vision + text) in {shape[:2] for shape in prepared}
+        assert request.setting["num_blocks"] in {shape[2] for shape in prepared}
 
 
 @pytest.fixture(scope="module")

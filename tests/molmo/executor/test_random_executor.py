@@ -6,6 +6,7 @@ from PIL import Image
 from joint_controller.executor import ExecutorRequest
 from joint_controller.molmo import MolmoConfig
 from joint_controller.molmo.executor.random_executor import RANDOM_CONFIGS, random_executor, random_processor
+from joint_controller.request_path import RequestPath
 
 
 def test_a_random_executor_answers_and_is_the_same_again(tiny_molmo_config):
@@ -19,7 +20,7 @@ def test_a_random_executor_answers_and_is_the_same_again(tiny_molmo_config):
     assert random_executor(tiny_molmo_config, "cpu", torch.bfloat16).model.dtype == torch.bfloat16
     for setting in (executor.knob_space.cheapest, executor.knob_space.full):
         request = ExecutorRequest("one", Image.new("RGB", (90, 50)), "what is word3 ?", "vqa2", setting)
-        times = executor.time_request(request, repeats=1, warmup=0, decode_steps=2)
+        times = RequestPath(executor).time(request, repeats=1, warmup=0, decode_steps=2)
         assert times.counts["num_views"] > 1
         assert times.counts["text_tokens"] == 1 + 4 + len("User : vqa2 : Assistant :".split())
 
