@@ -1,14 +1,12 @@
 """From an encoded image to RGB pixels, or to a reason why there are none."""
 
 import io
-import struct
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ..images import convert_to_rgb
+from ..images import DECODER_ERRORS, convert_to_rgb
 
 
 MIN_IMAGE_SIDE = 2
@@ -18,22 +16,6 @@ about it."""
 MAX_IMAGE_PIXELS = 89_478_485
 """Most pixels: 256 MiB as RGB, where Pillow begins to suspect a decompression bomb. The largest scans of documents in use
 (A3 at 600 dots an inch) have 70 million."""
-
-DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises for damaged files: whatever the parser of the format stumbles over."""
 
 
 class ImageError(ValueError):

@@ -1,5 +1,6 @@
 """What a Molmo does before its first request, so that none waits for code that is compiled or graphs that are captured."""
 
+import time
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,10 @@ TEXT_TOKENS = range(8, 129)
 """Lengths of the text of prompts that are prepared for: questions of VQA data sets have 10 to 60 tokens with their format. A
 longer one is answered all the same, and may be the first of its length."""
 
+MOST_CPU_SECONDS = 15.0
+"""Time after which a CPU is left as warm as it is: where requests take seconds, what their first time costs on top does not
+matter."""
+
 QUESTION = "what color is the object left of a small red circle and how many are there in this image ?"
 
 
@@ -40,8 +45,11 @@ def warm_up(executor: "MolmoExecutor", progress: bool) -> None:
     }
     # The largest first, so that memory is asked for once.
     tilings = sorted(tiers, key=lambda tiling: -tiling[0] * tiling[1])
+    started = time.perf_counter()
     with tqdm(tilings, desc="Warming up", disable=None if progress else True, leave=False) as bar:
         for number, tiling in enumerate(bar):
+            if executor.device.type == "cpu" and time.perf_counter() - started > MOST_CPU_SECONDS:
+                break
             # Whatever the blocks, lengths and views are prepared once.
             setting = settings[tiers[tiling]][number % len(settings[tiers[tiling]])]
             num_views, vision_tokens = 1 + tiling[0] * tiling[1], image_processor.count_image_tokens(tiling)
