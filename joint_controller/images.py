@@ -133,7 +133,9 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except DECODER_ERRORS as error:
-        reason = " ".join(str(error).split()) or "Operation on closed image"
+        # A closed image has no file any more, which not every version of Pillow says.
+        is_closed = isinstance(error, AttributeError) or not str(error)
+        reason = "Operation on closed image" if is_closed else " ".join(str(error).split())
         raise ValueError(f"it cannot be read ({reason}): give an open image, of an undamaged file") from error
 
 
