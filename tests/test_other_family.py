@@ -22,6 +22,9 @@ from joint_controller.executor import load_executor
 from joint_controller.latency import load_profile, read_latency_estimator
 
 
+pytestmark = pytest.mark.slow
+
+
 SPLITS = {"train": 48, "validation": 16, "test": 24}
 
 

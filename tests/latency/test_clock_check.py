@@ -15,6 +15,9 @@ from joint_controller.latency.clock_check import ClockChecker
 from joint_controller.latency.profiling import path_to_measure
 
 
+pytestmark = pytest.mark.slow
+
+
 SPACE = KnobSpace(KNOBS)
 # Coefficients of the toy executor's times, by stage.
 FORMULA = {
@@ -211,7 +214,6 @@ def test_what_is_kept_is_of_this_estimator_and_this_way_of_running(executor):
     assert len({folder, *(other.folder for other in others)}) == 5
 
 
-@pytest.mark.slow
 def test_what_is_damaged_is_told_and_measured_again(executor, machine, monkeypatch, tmp_path):
     machine(dict.fromkeys(FORMULA, 1.5))
     checker = ClockChecker(make_estimator(), executor)

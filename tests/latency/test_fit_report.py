@@ -26,6 +26,9 @@ from joint_controller.latency.profile_table import MACHINE_COLUMNS
 from joint_controller.molmo.knob_space import build_knob_space
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_errors_by_hand():
     found = errors(torch.tensor([10.0, 20.0, math.nan, 40.0]), torch.tensor([11.0, 18.0, 5.0, 40.0]))
     assert found["mae_ms"] == pytest.approx(1.0) and found["num"] == 3
@@ -117,7 +120,6 @@ def fitted_on(profile):
     return fit_latency_estimator(profile, num_folds=2, num_units=1)[0]
 
 
-@pytest.mark.slow
 def test_a_stage_has_a_learned_factor_where_that_predicts_better():
     # Kernels that change within the prefill, against overhead and controller, which are what the formulas say.
     profile = make_synthetic_profile(gpu_times, num_inputs=6)

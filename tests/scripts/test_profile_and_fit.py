@@ -100,7 +100,6 @@ def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_fo
     assert measured.item() / 3 < predicted < measured.item() * 3
 
 
-@pytest.mark.slow
 def test_an_estimator_is_adapted_to_another_profile(profile_folder, tmp_path, capsys):
     assert run_fit(profile_folder, tmp_path / "base") == 0
     slower = load_profile(profile_folder).map(
@@ -172,7 +171,6 @@ def run_profile(folder, executor_folder, *flags):
     return run_script("profile", profile.make_parser, profile.main, [str(flag) for flag in flags])
 
 
-@pytest.mark.slow
 def test_a_killed_profile_goes_on_where_it_stopped(executor_folder, tmp_path, monkeypatch, capsys):
     """Killed at random moments; every timing that was taken is kept and none is taken again."""
     folder, journal = tmp_path / "profile", tmp_path / "profile" / JOURNAL_FILE
