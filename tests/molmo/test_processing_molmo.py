@@ -257,3 +257,11 @@ def test_word_tokenizer_encodes_prompts_and_answers():
 def test_word_tokenizer_refuses_what_is_not_one_word(word):
     with pytest.raises(ValueError, match="not single words"):
         build_word_tokenizer(["red", word])
+
+
+@pytest.mark.parametrize("question", ["What color is the star?", "  is it red ? ", "a", "", " \n"])
+def test_the_tokens_of_a_question_are_known_in_its_prompt(processor, question):
+    """Against the tokenizer on the question alone: of words, the same tokens."""
+    ids, of_question = processor.prompt_tokens(question)
+    assert ids == processor.prompt_ids(question)
+    assert ids[of_question] == processor.tokenizer(question, add_special_tokens=False)["input_ids"]

@@ -48,7 +48,7 @@ def warm_up(executor: "MolmoExecutor", progress: bool) -> None:
     started = time.perf_counter()
     with tqdm(tilings, desc="Warming up", disable=None if progress else True, leave=False) as bar:
         for number, tiling in enumerate(bar):
-            if executor.device.type == "cpu" and time.perf_counter() - started > MOST_CPU_SECONDS:
+            if number and executor.device.type == "cpu" and time.perf_counter() - started > MOST_CPU_SECONDS:
                 break
             # Whatever the blocks, lengths and views are prepared once.
             setting = settings[tiers[tiling]][number % len(settings[tiers[tiling]])]

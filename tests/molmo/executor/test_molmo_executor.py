@@ -599,3 +599,14 @@ def test_a_batch_that_does_not_fit_in_memory_is_split_with_a_warning(executor, r
     monkeypatch.setattr(executor, "generate", generate_nothing)
     with pytest.raises(torch.OutOfMemoryError):
         executor.run(requests[:1])
+
+
+def test_a_cpu_is_not_warmed_up_for_long(executor, monkeypatch):
+    opened, open_request = [], executor.open
+    monkeypatch.setattr(executor, "open", lambda *args: opened.append(args) or open_request(*args))
+    executor.warm_up()
+    tilings = len(opened)
+    opened.clear()
+    monkeypatch.setattr("joint_controller.molmo.executor.warm_up.MOST_CPU_SECONDS", 1e-9)
+    executor.warm_up()
+    assert len(opened) == 1 < tilings
