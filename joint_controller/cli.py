@@ -28,7 +28,7 @@ COMMANDS = {
     "train": Command(
         "joint_controller.scripts.train",
         "train a controller by GRPO: what to spend on each question",
-        "--config recipes/easy_vqa/grpo.yaml --learning_rate 1e-3",
+        "--config recipes/easy_vqa/train.yaml --learning_rate 1e-3",
     ),
     "train-executor": Command(
         "joint_controller.molmo.embedded.train_executor",
@@ -63,12 +63,17 @@ COMMANDS = {
     "data": Command(
         "joint_controller.scripts.data",
         "show what a recipe would train on: samples, answers, images, lengths",
-        "--config recipes/easy_vqa/grpo.yaml --output_dir outputs/easy_vqa_data",
+        "--config recipes/easy_vqa/train.yaml --output_dir outputs/easy_vqa_data",
     ),
     "sweep": Command(
         "joint_controller.scripts.sweep",
         "evaluate a controller and static settings over latency budgets",
         "--config recipes/easy_vqa/sweep.yaml",
+    ),
+    "ablate": Command(
+        "joint_controller.scripts.ablate",
+        "train variants of a recipe with several seeds, and compare them in one table",
+        "--config recipes/easy_vqa/ablate.yaml",
     ),
     "bench executor": Command(
         "joint_controller.benchmarks.executor",

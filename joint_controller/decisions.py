@@ -1,13 +1,11 @@
 """The way through a controller for requests: look at the questions, decide stage 1, look at the images, decide stage 2."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
-from .controller import BatchController, RequestController
+from .controller import BatchController, RequestController, SettingFit, StageTable
 from .executor import ExecutorRequest, FeatureSource
 from .knobs import KnobSetting, KnobSpace
 
@@ -22,8 +20,8 @@ class Decisions:
             Setting of each request.
         positions (`list[int]`):
             Position of each setting in the knob space.
-        actions (`torch.LongTensor` of shape `(n, knobs)`):
-            Position of each value among the values of its knob.
+        first, second (`torch.LongTensor` of shape `(n,)`):
+            What the stages chose, see [`StageTable`].
         question_features (`torch.Tensor` of shape `(n, question_size)`):
             What the stages saw of the questions; of shape `(n, 0)` where they do not look.
         vision_features (`torch.Tensor` of shape `(n, vision_size)`):
@@ -32,7 +30,8 @@ class Decisions:
 
     settings: list[KnobSetting]
     positions: list[int]
-    actions: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
     question_features: torch.Tensor
     vision_features: torch.Tensor
 
@@ -43,7 +42,7 @@ def decide(
     features: FeatureSource | None,
     requests: Sequence[ExecutorRequest],
     latency_budget_ms: torch.Tensor | float,
-    fits: torch.Tensor | None = None,
+    fit: SettingFit | None = None,
 ) -> Decisions:
     """
     Decides the settings of requests under their budgets.
@@ -57,8 +56,9 @@ def decide(
             n requests. Their settings are not looked at.
         latency_budget_ms (`torch.Tensor` of shape `(n,)`, or `float` for a [`RequestController`]):
             Budgets in ms.
-        fits (`torch.BoolTensor` of shape `(n, settings)`, *optional*):
-            Settings to choose from, at least one for each request, in the order of the knob space. By default all.
+        fit ([`SettingFit`], *optional*):
+            Settings to choose from, and how much of the budget each is predicted to leave. By default all, for a controller
+            that does not see what fits.
 
     Returns:
         [`Decisions`]
@@ -76,39 +76,30 @@ def decide(
     question_features = vision_features = None
     if controller.sees_question:
         question_features = features.question_features([request.question for request in requests]).to(device)
-    first = chooser.choose_stage1(question_features, latency_budget_ms, fits)
+    first = chooser.choose_stage1(question_features, latency_budget_ms, fit)
     if controller.sees_image:
-        encoded_as = _settings_of_stage1(space, first)
+        encoded_as = _settings_of_stage1(space, controller.table, first)
         asked = [replace(request, setting=setting) for request, setting in zip(requests, encoded_as, strict=True)]
         vision_features = features.vision_features(asked).to(device)
     second = chooser.choose_stage2(vision_features)
-    columns, strides = _layout(space)
-    actions = torch.cat([first, second], dim=1)[:, columns]
-    positions = (actions.cpu() @ strides).tolist()
+    positions = controller.table.positions[first.cpu(), second.cpu()].tolist()
     nothing = torch.empty(len(requests), 0, device=device)
     return Decisions(
         settings=[space.settings[position] for position in positions],
         positions=positions,
-        actions=actions,
+        first=first,
+        second=second,
         question_features=nothing if question_features is None else question_features,
         vision_features=nothing if vision_features is None else vision_features,
     )
 
 
-@lru_cache(maxsize=8)
-def _layout(space: KnobSpace) -> tuple[list[int], torch.Tensor]:
-    """Where each knob is among those of stage 1 and then stage 2, and how far apart its values are among the settings."""
-    decided = [*space.decided_by(1), *space.decided_by(2)]
-    strides = [math.prod(space.sizes[knob + 1 :]) for knob in range(len(space.sizes))]
-    return [decided.index(knob) for knob in range(len(decided))], torch.tensor(strides)
-
-
-def _settings_of_stage1(space: KnobSpace, first: torch.Tensor) -> list[KnobSetting]:
+def _settings_of_stage1(space: KnobSpace, table: StageTable, first: torch.Tensor) -> list[KnobSetting]:
     """Settings with the values that stage 1 took, and the cheapest of the other knobs."""
     knobs = [space.knobs[position] for position in space.decided_by(1)]
     return [
         KnobSetting(
             {**space.cheapest, **{knob.name: knob.values[index] for knob, index in zip(knobs, row, strict=True)}}
         )
-        for row in first.tolist()
+        for row in table.values[0][first.cpu()].tolist()
     ]

@@ -24,7 +24,7 @@ from .executor import (
     executor_family,
 )
 from .knobs import KnobSetting
-from .latency.guardrail import Guardrail, LatencyPrediction, settings_that_fit
+from .latency.guardrail import Guardrail, LatencyPrediction
 from .latency.profile_inputs import make_profile_inputs
 from .latency.request_costs import RequestCosts
 from .latency.tracking import LatencyTracker
@@ -179,13 +179,13 @@ class RequestPath:
         if self.controller is None:
             opened.vision_features([request.at(setting)])
         else:
-            fits = None
+            fit, typical_budget_ms = None, left_ms
             if prediction is not None:
-                upper_ms = self.guardrail.upper_latency_ms(prediction, self._upper_ratio())
-                fits, [fits_budget] = settings_that_fit(upper_ms, left_ms)
-                fits_budget = None if self.guardrail.quantile is None else fits_budget.item()
+                runnable_ms = self.guardrail.runnable_ms(prediction)
+                typical_budget_ms, fit = self.guardrail.fit(runnable_ms, left_ms, self._upper_ratio())
+                fits_budget = None if self.guardrail.quantile is None else fit.fits_budget.item()
             features = opened if setting is None else _EncodedAt(opened, setting)
-            [chosen] = decide(self.controller, features, [request], left_ms, fits).settings
+            [chosen] = decide(self.controller, features, [request], typical_budget_ms, fit).settings
             setting = chosen if setting is None else setting
         output = opened.answer(setting, decode_steps)
         typical_ms = latency_ms = latency_upper_ms = None

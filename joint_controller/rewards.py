@@ -1,9 +1,14 @@
 r"""
-What a knob setting is worth: TRL reward functions and their weighted sum. Five come with the package; a recipe may name
-others by their dotted path.
+What a knob setting is worth: TRL reward functions and their weighted sum, an objective. Two objectives come with the package;
+a recipe may put together others, with reward functions of its own named by their dotted path.
 
 With accuracy \\(a\\), latency \\(l\\) and budget \\(b\\) in milliseconds, \\(r = l / b\\), \\(k_i\\) the knobs on a scale
-from 0 (cheapest value) to 1 (highest value), and the default weights:
+from 0 (cheapest value) to 1 (highest value), the objective `accuracy_within_budget` counts an answer that comes in time, and
+pays \(p\), the `time_price`, for the share of the budget that is not spent:
+
+$$ R = a\,[r \le 1] + p\,\max(0, 1 - r) $$
+
+and the objective `original` has the five terms and weights of the research code that this package replaces:
 
 $$ R = a - 0.5\,\sigma(10(r - 1)) - 10\max(0, r - 1)^2 + 0.1\,\max(0, 1 - r) - 0.05\,\overline{k} $$
 
@@ -43,6 +48,32 @@ def accuracy_reward(accuracy: Sequence[float], **kwargs: Any) -> list[float]:
         `list[float]`: One term per row.
     """
     return [float(value) for value in accuracy]
+
+
+def accuracy_in_time_reward(
+    accuracy: Sequence[float], latency_ms: Sequence[float], latency_budget_ms: Sequence[float], **kwargs: Any
+) -> list[float]:
+    r"""
+    \(a\) where \(r \le 1\), else 0: score of the executor's answer, if it comes in time.
+
+    Args:
+        accuracy (`list[float]`):
+            Score of each answer, from 0 to 1.
+        latency_ms (`list[float]`):
+            Latency of each request, in ms.
+        latency_budget_ms (`list[float]`):
+            Budget of each request, in ms.
+        **kwargs:
+            Other columns of the batch, as TRL passes them.
+
+    Returns:
+        `list[float]`: One term per row.
+
+    Raises:
+        ValueError: If a budget is not positive.
+    """
+    is_in_time = _latency_ratio(latency_ms, latency_budget_ms) <= 1.0
+    return (np.asarray(accuracy, dtype=np.float64) * is_in_time).tolist()
 
 
 def latency_reward(latency_ms: Sequence[float], latency_budget_ms: Sequence[float], **kwargs: Any) -> list[float]:
@@ -136,21 +167,71 @@ def _latency_ratio(latency_ms: Sequence[float], latency_budget_ms: Sequence[floa
     return np.asarray(latency_ms, dtype=np.float64) / budgets
 
 
+DEFAULT_TIME_PRICE = 0.01
+"""Accuracy that the whole budget's time is worth by default: a point."""
+
 DEFAULT_REWARDS: dict[RewardFunction, float] = {
+    accuracy_in_time_reward: 1.0,
+    efficiency_reward: DEFAULT_TIME_PRICE,
+}
+"""The objective `accuracy_within_budget` at the default price of time."""
+
+ORIGINAL_REWARDS: dict[RewardFunction, float] = {
     accuracy_reward: 1.0,
     latency_reward: 0.5,
     budget_violation_reward: 10.0,
     efficiency_reward: 0.1,
     complexity_reward: 0.05,
 }
-"""The reward functions of this package, and their weights in the default reward."""
+"""The objective `original`."""
 
-REWARD_FUNCTIONS: dict[str, RewardFunction] = {function.__name__: function for function in DEFAULT_REWARDS}
+OBJECTIVES: dict[str, dict[RewardFunction, float]] = {
+    "accuracy_within_budget": DEFAULT_REWARDS,
+    "original": ORIGINAL_REWARDS,
+}
+"""Objectives by the name that recipes know them under: reward functions and their weights."""
+
+REWARD_FUNCTIONS: dict[str, RewardFunction] = {
+    function.__name__: function for functions in OBJECTIVES.values() for function in functions
+}
 """The reward functions of this package by the name that recipes and logs know them under."""
 
 
+def objective_rewards(
+    objective: str = "accuracy_within_budget", time_price: float | None = None
+) -> dict[RewardFunction, float]:
+    """
+    The table of reward functions and their weights of an objective.
+
+    Args:
+        objective (`str`, *optional*, defaults to `"accuracy_within_budget"`):
+            A name of `OBJECTIVES`.
+        time_price (`float`, *optional*):
+            Of `"accuracy_within_budget"`: accuracy that may be given up to save the time of the whole budget. With 0, of two
+            settings of equal accuracy neither is better. Defaults to `DEFAULT_TIME_PRICE`.
+
+    Raises:
+        ValueError: If there is no such objective, or the price is not a finite number of 0 or more, or of no use.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"there is no objective '{objective}': choose from {', '.join(map(repr, OBJECTIVES))}.")
+    rewards = dict(OBJECTIVES[objective])
+    if time_price is not None:
+        if objective != "accuracy_within_budget":
+            raise ValueError(
+                f"`time_price` is of the objective 'accuracy_within_budget', but `objective` is '{objective}': leave it out."
+            )
+        if not 0 <= time_price < math.inf:
+            raise ValueError(f"`time_price` is {time_price}: give a finite number of 0 or more.")
+        rewards[efficiency_reward] = time_price
+    return rewards
+
+
 def resolve_rewards(
-    names: Sequence[str] | None = None, weights: Sequence[float] | None = None
+    names: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    objective: str | None = None,
+    time_price: float | None = None,
 ) -> dict[RewardFunction, float]:
     """
     The table of reward functions and their weights that a recipe asks for.
@@ -158,23 +239,35 @@ def resolve_rewards(
     Args:
         names (`Sequence[str]`, *optional*):
             Names of `REWARD_FUNCTIONS`, or dotted paths of TRL reward functions (`"my_package.rewards.short_answer"`).
-            Defaults to all of `REWARD_FUNCTIONS`.
+            Defaults to those of the objective.
         weights (`Sequence[float]`, *optional*):
-            Weight of each. By default those of `DEFAULT_REWARDS`, and 1 for a function that is not among them.
+            Weight of each. By default those of the objective; of functions that are named, those of `"original"`, and 1 where it
+            has none.
+        objective (`str`, *optional*), time_price (`float`, *optional*):
+            As in [`objective_rewards`].
 
     Raises:
-        ValueError: If a name is not that of a function or is given twice, or there is not one finite weight for each.
+        ValueError: If a name is not that of a function or is given twice, there is not one finite weight for each, or both
+            names and an objective are given.
     """
-    names = list(REWARD_FUNCTIONS) if names is None else list(names)
-    if not names:
-        raise ValueError("`reward_funcs` is empty: name at least one reward function.")
-    functions = [REWARD_FUNCTIONS.get(name) or _import_function(name) for name in names]
+    if names is not None and (objective is not None or time_price is not None):
+        raise ValueError(
+            "`reward_funcs` is an objective of its own: give it, or `objective` and `time_price`, but not both."
+        )
+    of_objective = objective_rewards(objective or "accuracy_within_budget", time_price)
+    functions = list(of_objective)
+    if names is not None:
+        if not names:
+            raise ValueError("`reward_funcs` is empty: name at least one reward function.")
+        functions = [REWARD_FUNCTIONS.get(name) or _import_function(name) for name in names]
+        of_objective = ORIGINAL_REWARDS
     if len(set(functions)) < len(functions):
         raise ValueError(f"`reward_funcs` names a function twice: {names}. Name each once, and give it its weight.")
     if weights is None:
-        weights = [DEFAULT_REWARDS.get(function, 1.0) for function in functions]
+        weights = [of_objective.get(function, 1.0) for function in functions]
     if len(weights) != len(functions):
-        raise ValueError(f"`reward_weights` has {len(weights)} values: give one for each of {', '.join(names)}.")
+        listed = ", ".join(function.__name__ for function in functions)
+        raise ValueError(f"`reward_weights` has {len(weights)} values: give one for each of {listed}.")
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"`reward_weights` is {list(weights)}: all must be finite numbers.")
     return dict(zip(functions, map(float, weights), strict=True))

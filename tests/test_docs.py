@@ -74,7 +74,7 @@ def test_commands_can_be_parsed(page, monkeypatch):
 def test_commands_are_found_on_the_pages():
     """The test above is no better than what it finds."""
     found = {" ".join(argv) for page in PAGES for argv in commands_of(page)}
-    assert "train --config recipes/easy_vqa/grpo.yaml" in found
+    assert "train --config recipes/easy_vqa/train.yaml" in found
     assert "bench executor" in found
     assert any(command.startswith("train --results_dir profiling_results") for command in found)
 

@@ -18,6 +18,8 @@ from toy_family import KNOBS, NEEDS, STAGES, FormulaClock, ToyExecutor, make_che
 import joint_controller
 from joint_controller import JointPipeline, KnobSpace
 from joint_controller.cli import main
+from joint_controller.evaluation.request_table import knob_columns, read_request_table
+from joint_controller.evaluation.summary import rows_of
 from joint_controller.executor import load_executor
 from joint_controller.latency import load_profile, read_latency_estimator
 
@@ -136,11 +138,12 @@ def test_a_run_that_was_resumed_ends_with_the_same_controller(world):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_the_sweep_has_the_guarded_controller_within_budgets(world):
+def test_the_sweep_has_the_controller_within_budgets(world):
     table = Dataset.from_parquet(str(world / "sweep" / "sweep.parquet"), cache_dir=str(world / "cache"))
-    assert set(table["policy"]) == {"controller", "guarded", "best static", "full", "random"}
-    guarded = [row for row in table if row["policy"] == "guarded"]
-    assert [row["budget_violation_rate"] for row in guarded] == [0.0, 0.0]
+    assert {"controller", "controller, no mask", "static", "fits", "look-up"} < set(table["policy"])
+    assert [row["violations"] for row in rows_of(table, policies=["controller"])] == [0.0, 0.0]
+    requests = read_request_table(world / "sweep" / "requests.parquet")
+    assert knob_columns(requests) == list(KnobSpace(KNOBS).names)
 
 
 def test_the_pipeline_answers_within_the_budget(world):

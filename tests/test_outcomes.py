@@ -207,6 +207,7 @@ for shard in range(100_000):
 """
 
 
+@pytest.mark.slow
 def test_two_writers_that_are_killed_lose_nothing_that_was_added(tmp_path):
     folder = tmp_path / "outcomes"
     writers = [

@@ -67,6 +67,7 @@ def test_light_imports(statement, needed):
     assert imported & LIBRARIES == needed
 
 
+@pytest.mark.slow
 def test_imports_run_one_way_and_no_room_names_a_model_family():
     imported = imported_by(*[f"import joint_controller.{room}" for room, _ in ROOMS])
     for (room, forbidden), modules in zip(ROOMS, imported, strict=True):

@@ -44,12 +44,13 @@ def controller_path(tmp_path_factory):
             vision_size=executor.vision_size,
             latency_budget_min_ms=30,
             latency_budget_max_ms=110,
+            heads="independent",
             max_new_tokens=2,
         )
     )
-    controller.stage1.heads[0].bias.data[1] = 1.0
-    controller.stage2.heads[0].bias.data[3] = 1.0
-    controller.stage2.heads[1].bias.data[3] = 1.0
+    controller.stage1.head.linears[0].bias.data[1] = 1.0
+    controller.stage2.head.linears[0].bias.data[3] = 1.0
+    controller.stage2.head.linears[1].bias.data[3] = 1.0
     folder = tmp_path_factory.mktemp("controller")
     controller.save_pretrained(folder)
     LatencyEstimatorModel.from_pretrained(embedded_latency_estimator_path()).save_pretrained(
@@ -288,8 +289,8 @@ def test_what_reading_the_image_takes_is_not_left_of_the_budget(controller_path,
 
 
 def test_a_guardrail_that_cannot_promise_is_refused(controller_path):
-    with pytest.raises(ValueError, match="has no quantile 0.5"):
-        JointPipeline.from_pretrained(controller_path, guardrail_quantile=0.5, **QUICK)
+    with pytest.raises(ValueError, match="has no quantile 0.6"):
+        JointPipeline.from_pretrained(controller_path, guardrail_quantile=0.6, **QUICK)
 
 
 # --- the way of running -----------------------------------------------------------------------------------------------
@@ -403,6 +404,7 @@ def test_calls_from_several_threads_take_turns(pipeline, monkeypatch):
 # --- warming up, checking and drift -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_warm_up_says_how_long_it_took_and_is_no_request(controller_path, capsys):
     options = {**QUICK, "warm_up": True}
     assert JointPipeline.from_pretrained(controller_path, **options).drift.num_requests == 0
@@ -429,6 +431,7 @@ def fake_check(finding="", **fields):
     )
 
 
+@pytest.mark.slow
 def test_latencies_are_checked_once_a_machine(controller_path, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JOINT_CONTROLLER_CACHE", str(tmp_path))
     base = LatencyEstimatorModel.from_pretrained(controller_path / "latency_estimator")
@@ -501,25 +504,25 @@ def test_a_broken_controller_is_refused_in_one_line(controller_path, tmp_path):
 
     def make_nan(path):
         weights = load_file(path)
-        weights["stage1.heads.0.bias"][0] = float("nan")
+        weights["stage1.head.linears.0.bias"][0] = float("nan")
         save_file(weights, path, {"format": "pt"})
 
     def drop_a_value(path):
         weights = load_file(path)
-        weights["stage1.heads.0.bias"] = weights["stage1.heads.0.bias"][:1].clone()
+        weights["stage1.head.linears.0.bias"] = weights["stage1.head.linears.0.bias"][:1].clone()
         save_file(weights, path, {"format": "pt"})
 
     def drop_a_weight(path):
         weights = load_file(path)
-        del weights["stage1.heads.0.bias"]
+        del weights["stage1.head.linears.0.bias"]
         save_file(weights, path, {"format": "pt"})
 
     messages = {
         cut: "model.safetensors' cannot be read",
         empty: "model.safetensors' cannot be read",
-        make_nan: r"holds weights that are not finite \('stage1.heads.0.bias'\)",
+        make_nan: r"holds weights that are not finite \('stage1.head.linears.0.bias'\)",
         drop_a_value: "does not fit|cannot be read",
-        drop_a_weight: "does not fit '.*config.json' .stage1.heads.0.bias",
+        drop_a_weight: "does not fit '.*config.json' .stage1.head.linears.0.bias",
     }
     for number, (break_weights, message) in enumerate(messages.items()):
         with pytest.raises(ValueError, match=message) as raised:
@@ -540,7 +543,7 @@ def test_a_controller_is_taken_from_the_hub_by_its_name(controller_path, monkeyp
 
 def test_a_broken_stage_1_is_refused_in_one_line(controller_path, tmp_path):
     weights = load_file(controller_path / "model.safetensors")
-    weights["stage1.heads.0.bias"][0] = float("nan")
+    weights["stage1.head.linears.0.bias"][0] = float("nan")
     broken = broken_copy(controller_path, tmp_path / "broken", lambda path: save_file(weights, path, {"format": "pt"}))
     with pytest.raises(ValueError, match="holds weights that are not finite"):
         JointControllerModel.from_pretrained(controller_path).load_stage1(broken)

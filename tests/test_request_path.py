@@ -32,9 +32,10 @@ def new_controller(executor) -> JointControllerModel:
     """One that chooses medium, top_k 2, 5 blocks."""
     sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
     controller = JointControllerModel(JointControllerConfig(knob_space=executor.knob_space.to_dict(), **sizes))
-    for head in (controller.stage1.heads[0], *controller.stage2.heads):
-        head.weight.data.zero_()
-        head.bias.data[1] = 1.0
+    # The second value of each knob.
+    for stage, module in enumerate((controller.stage1, controller.stage2)):
+        [wanted] = (controller.table.values[stage] == 1).all(dim=1).nonzero()
+        module.head.linears[0].bias.data[wanted] = 1.0
     return controller
 
 

@@ -6,8 +6,9 @@ joint-controller bench controller
 ```
 
 On a GPU its inputs have the width of MolmoE-1B's features; on a CPU those of the executor that ships with the package, whose
-latency at the full setting is measured in the same run. Features are given: the table holds the controller alone, its answer
-read back to the host.
+latency at the full setting is measured in the same run. Features are given, and so is which settings fit and how much of the
+budget each would leave, which the controller sees as in serving: the table holds the controller alone, its answer read back to
+the host.
 """
 
 import statistics
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from transformers.hf_argparser import HfArg
 
-from ..controller import JointControllerConfig, JointControllerModel, RequestController
+from ..controller import JointControllerConfig, JointControllerModel, RequestController, SettingFit
 from ..data import load_vqa_dataset
 from ..executor import EMBEDDED, ExecutorRequest, executor_shape, load_executor, load_input_counter
 from ..request_path import RequestPath
@@ -32,6 +33,9 @@ MOLMOE_HIDDEN_SIZE = 2048
 """Width of MolmoE-1B's language model, and so of its features."""
 
 BUDGET_MS = 50.0
+
+LATENCY_RANGE = (0.25, 1.25)
+"""Latency of the cheapest and of the full setting as multiples of the budget, which most settings keep."""
 
 
 @dataclass(kw_only=True)
@@ -84,26 +88,30 @@ def _time(args: BenchControllerArguments, device: torch.device) -> dict[str, dic
         vision_size=width,
         latency_budget_min_ms=0.2 * BUDGET_MS,
         latency_budget_max_ms=2 * BUDGET_MS,
+        sees_slack=True,
     )
     torch.manual_seed(args.seed)
     controller = JointControllerModel(config).to(device).eval()
     request_controller = RequestController(controller)
     question, vision = (torch.randn(1, width, device=device) for _ in range(2))
-
-    def likeliest(logits: tuple[torch.Tensor, ...]) -> list[list[int]]:
-        return torch.stack([knob.argmax(dim=-1) for knob in logits], dim=-1).tolist()
+    # On the CPU, where a guardrail predicts.
+    fit = SettingFit.of(BUDGET_MS * torch.linspace(*LATENCY_RANGE, len(controller.knob_space))[None], BUDGET_MS)
 
     def budget() -> torch.Tensor:
         return torch.tensor([BUDGET_MS], device=device)
 
-    def stage2(choice: list[list[int]]) -> list[list[int]]:
-        return likeliest(controller.stage2(vision, question, budget(), torch.tensor(choice, device=device)))
+    def stage1() -> list[int]:
+        return controller.score_stage1(question, budget(), fit.to(device)).argmax(dim=-1).tolist()
+
+    def stage2(first: list[int]) -> list[int]:
+        taken = torch.tensor(first, device=device)
+        return controller.score_stage2(vision, question, budget(), taken, fit.to(device)).argmax(dim=-1).tolist()
 
     ways: dict[str, tuple[Callable, Callable]] = {
-        "modules": (lambda: likeliest(controller.stage1(question, budget())), stage2),
+        "modules": (stage1, stage2),
         "request controller": (
-            lambda: request_controller.choose_stage1(question, BUDGET_MS),
-            lambda choice: request_controller.choose_stage2(vision),
+            lambda: request_controller.choose_stage1(question, BUDGET_MS, fit),
+            lambda first: request_controller.choose_stage2(vision),
         ),
     }
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
@@ -111,9 +119,9 @@ def _time(args: BenchControllerArguments, device: torch.device) -> dict[str, dic
     for number in range(num_warm_ups + args.num_requests):
         for way, (first, second) in ways.items():
             started = time.perf_counter()
-            choice = first()
+            chosen = first()
             between = time.perf_counter()
-            second(choice)
+            second(chosen)
             ended = time.perf_counter()
             if number >= num_warm_ups:
                 times[way].append((1000 * (between - started), 1000 * (ended - between)))

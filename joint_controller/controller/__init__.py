@@ -7,6 +7,8 @@ from .configuration_joint_controller import JointControllerConfig
 from .loading import find_controller_folder, load_controller
 from .modeling_joint_controller import JointControllerModel, JointControllerOutput
 from .request_controller import RequestController
+from .setting_fit import SettingFit
+from .stage_table import StageTable, knob_log_probs
 
 
 __all__ = [
@@ -15,7 +17,10 @@ __all__ = [
     "JointControllerModel",
     "JointControllerOutput",
     "RequestController",
+    "SettingFit",
+    "StageTable",
     "find_controller_folder",
+    "knob_log_probs",
     "load_controller",
 ]
 

@@ -6,6 +6,7 @@ from ..knobs import KnobSpace
 
 
 STAGE1_INPUTS = ("question_and_budget", "budget")
+HEADS = ("joint", "independent")
 STAGE2_INPUTS = ("image_question_and_budget", "question_and_budget", "budget")
 
 
@@ -45,6 +46,12 @@ class JointControllerConfig(PreTrainedConfig):
             Width that question, vision, budget and each knob of stage 1 are projected to.
         hidden_size (`int`, *optional*, defaults to 64):
             Width of the two hidden layers of each stage.
+        heads (`str`, *optional*, defaults to `"joint"`):
+            How a stage with several knobs scores its choices: `"joint"`, each combination of values on its own, or
+            `"independent"`, as the sum of a score for each value.
+        sees_slack (`bool`, *optional*, defaults to `False`):
+            Whether the controller is told which settings are predicted to fit the request, and how much of the budget each
+            would leave ([`SettingFit`]).
 
         > Parameters that say what it was trained for
 
@@ -52,10 +59,12 @@ class JointControllerConfig(PreTrainedConfig):
             Weight of each reward function (by name, or by dotted path if it is not one of this package's).
         max_new_tokens (`int`, *optional*):
             Most tokens of the executor's answers in training, the end-of-sequence token included.
+        training_seed (`int`, *optional*):
+            Seed of the training.
 
     Raises:
-        ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs` or
-            `stage2_inputs` is unknown.
+        ValueError: If the knob space is not valid, the budget range is empty or not positive, or `stage1_inputs`,
+            `stage2_inputs` or `heads` is unknown.
 
     Example:
 
@@ -82,8 +91,11 @@ class JointControllerConfig(PreTrainedConfig):
     stage2_inputs: str = "image_question_and_budget"
     projection_size: int = 32
     hidden_size: int = 64
+    heads: str = "joint"
+    sees_slack: bool = False
     rewards: dict[str, float] | None = None
     max_new_tokens: int | None = None
+    training_seed: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -94,6 +106,6 @@ class JointControllerConfig(PreTrainedConfig):
                 f"the budget range is {self.latency_budget_min_ms} to {self.latency_budget_max_ms} ms: "
                 "`latency_budget_min_ms` must be above 0 and below `latency_budget_max_ms`, which must be finite."
             )
-        for name, known in (("stage1_inputs", STAGE1_INPUTS), ("stage2_inputs", STAGE2_INPUTS)):
+        for name, known in (("stage1_inputs", STAGE1_INPUTS), ("stage2_inputs", STAGE2_INPUTS), ("heads", HEADS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is '{getattr(self, name)}': it must be one of {list(known)}.")

@@ -11,24 +11,33 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from ..knobs import STAGES, Knob, KnobSpace
+from ..knobs import STAGES, KnobSpace
 from .configuration_joint_controller import JointControllerConfig
+from .setting_fit import SettingFit
+from .stage_table import StageTable
 
 
 logger = logging.get_logger(__name__)
 
 
+MASKED_SCORE = -1e9
+"""Score of choices that are out: finite, so that no gradient is undefined, and of probability 0."""
+
+
 @dataclass
 class JointControllerOutput(ModelOutput):
     """
-    Scores of every value of every knob, before the softmax.
+    Scores of the choices of both stages, before the softmax. Those that are out have `MASKED_SCORE`.
 
     Args:
-        logits (`tuple[torch.FloatTensor, ...]`):
-            One of shape `(batch_size, num_values)` for each knob, in the order of the knob space.
+        stage1_scores (`torch.FloatTensor` of shape `(batch_size, choices of stage 1)`):
+            See [`StageTable`] for the order of choices.
+        stage2_scores (`torch.FloatTensor` of shape `(batch_size, choices of stage 2)` or `(batch_size, choices of stage 1, choices of stage 2)`):
+            For what stage 1 chose, or for all that it might have chosen.
     """
 
-    logits: tuple[torch.FloatTensor, ...] | None = None
+    stage1_scores: torch.FloatTensor | None = None
+    stage2_scores: torch.FloatTensor | None = None
 
 
 class FeatureProjector(nn.Module):
@@ -44,14 +53,15 @@ class FeatureProjector(nn.Module):
 
 
 class BudgetEncoder(nn.Module):
-    """Sinusoidal encoding of the normalised budget through an MLP."""
+    """Sinusoidal encoding of the normalised budget, and the slack of settings where the controller sees it, through an MLP."""
 
-    def __init__(self, config: JointControllerConfig):
+    def __init__(self, config: JointControllerConfig, num_settings: int):
         super().__init__()
         self.minimum_ms = config.latency_budget_min_ms
         self.range_ms = config.latency_budget_max_ms - config.latency_budget_min_ms
+        num_inputs = 2 * config.budget_octaves + (num_settings if config.sees_slack else 0)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * config.budget_octaves, config.projection_size),
+            nn.Linear(num_inputs, config.projection_size),
             nn.GELU(),
             nn.Linear(config.projection_size, config.projection_size),
             nn.GELU(),
@@ -65,10 +75,13 @@ class BudgetEncoder(nn.Module):
         """Sets the frequencies, which no checkpoint holds: octaves from half a period over the range of budgets up."""
         init.copy_(self.frequencies, math.pi * 2.0 ** torch.arange(len(self.frequencies)))
 
-    def forward(self, latency_budget_ms: torch.Tensor) -> torch.Tensor:
+    def forward(self, latency_budget_ms: torch.Tensor, slack: torch.Tensor | None) -> torch.Tensor:
         normalized = (latency_budget_ms - self.minimum_ms) / self.range_ms  # (n,), 0 to 1 over the training range
         angles = normalized[:, None].to(self.frequencies.dtype) * self.frequencies  # (n, octaves)
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        inputs = [angles.sin(), angles.cos()]
+        if slack is not None:
+            inputs.append(slack)
+        return self.mlp(torch.cat(inputs, dim=-1))
 
 
 class Trunk(nn.Module):
@@ -84,95 +97,75 @@ class Trunk(nn.Module):
         return self.layers(torch.cat(inputs, dim=-1))
 
 
-class Stage1(nn.Module):
-    """Decides its knobs before any image work."""
+class ChoiceHead(nn.Module):
+    """Scores the choices of a stage: each on its own (`"joint"`), or as the sum of a score for each value (`"independent"`)."""
 
-    def __init__(self, config: JointControllerConfig, knobs: Sequence[Knob]):
+    def __init__(self, config: JointControllerConfig, sizes: Sequence[int]):
         super().__init__()
-        self.heads = nn.ModuleList()
-        if knobs:
-            sees_question = "question" in config.stage1_inputs
-            self.budget_encoder = BudgetEncoder(config)
-            self.question_projector = (
-                FeatureProjector(config.question_size, config.projection_size) if sees_question else None
-            )
-            self.trunk = Trunk((2 if sees_question else 1) * config.projection_size, config.hidden_size)
-            self.heads.extend(nn.Linear(config.hidden_size, len(knob)) for knob in knobs)
+        outputs = [math.prod(sizes)] if config.heads == "joint" else sizes
+        self.linears = nn.ModuleList(nn.Linear(config.hidden_size, size) for size in outputs)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        scores = self.linears[0](hidden_states)
+        for linear in self.linears[1:]:
+            scores = (scores[:, :, None] + linear(hidden_states)[:, None, :]).flatten(1)
+        return scores
+
+
+class Stage1(nn.Module):
+    """Decides its knobs before any image work. Inputs are those of [`JointControllerModel.score_stage1`]."""
+
+    def __init__(self, config: JointControllerConfig, table: StageTable):
+        super().__init__()
+        sees_question = "question" in config.stage1_inputs
+        self.budget_encoder = BudgetEncoder(config, table.positions.numel())
+        self.question_projector = (
+            FeatureProjector(config.question_size, config.projection_size) if sees_question else None
+        )
+        self.trunk = Trunk((2 if sees_question else 1) * config.projection_size, config.hidden_size)
+        self.head = ChoiceHead(config, table.sizes[0])
 
     def forward(
-        self, question_features: torch.Tensor | None, latency_budget_ms: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """
-        Args:
-            question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Question features of the executor. Not read where `stage1_inputs` is `"budget"`.
-            latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
-                Budget in ms.
-
-        Returns:
-            `tuple[torch.Tensor, ...]`: Logits of shape `(batch_size, num_values)` for each knob of this stage, which are
-            independent of each other.
-        """
-        if not self.heads:
-            return ()
-        inputs = [self.budget_encoder(latency_budget_ms)]
+        self, question_features: torch.Tensor | None, latency_budget_ms: torch.Tensor, slack: torch.Tensor | None
+    ) -> torch.Tensor:
+        inputs = [self.budget_encoder(latency_budget_ms, slack)]
         if self.question_projector is not None:
             inputs.append(self.question_projector(question_features))
-        hidden_states = self.trunk(*inputs)
-        return tuple(head(hidden_states) for head in self.heads)
+        return self.head(self.trunk(*inputs))
 
 
 class Stage2(nn.Module):
-    """Decides its knobs after the vision tower has run as stage 1 decided."""
+    """Decides its knobs after the vision tower has run as stage 1 decided. Inputs are those of
+    [`JointControllerModel.score_stage2`], with the slack of the settings that stage 1 left."""
 
-    def __init__(self, config: JointControllerConfig, knobs: Sequence[Knob], decided_knobs: Sequence[Knob]):
+    def __init__(self, config: JointControllerConfig, table: StageTable):
         super().__init__()
-        self.heads = nn.ModuleList()
-        if knobs:
-            sees_image, sees_question = "image" in config.stage2_inputs, "question" in config.stage2_inputs
-            size = config.projection_size
-            self.vision_projector = FeatureProjector(config.vision_size, size) if sees_image else None
-            self.question_projector = FeatureProjector(config.question_size, size) if sees_question else None
-            self.budget_encoder = BudgetEncoder(config)
-            self.choice_embeddings = nn.ModuleList(nn.Embedding(len(knob), size) for knob in decided_knobs)
-            num_inputs = 1 + len(decided_knobs) + sees_image + sees_question
-            self.trunk = Trunk(num_inputs * size, config.hidden_size)
-            self.heads.extend(nn.Linear(config.hidden_size, len(knob)) for knob in knobs)
+        sees_image, sees_question = "image" in config.stage2_inputs, "question" in config.stage2_inputs
+        size = config.projection_size
+        self.vision_projector = FeatureProjector(config.vision_size, size) if sees_image else None
+        self.question_projector = FeatureProjector(config.question_size, size) if sees_question else None
+        self.budget_encoder = BudgetEncoder(config, table.num_choices[1])
+        self.choice_embeddings = nn.ModuleList(nn.Embedding(num_values, size) for num_values in table.sizes[0])
+        num_inputs = 1 + len(table.sizes[0]) + sees_image + sees_question
+        self.trunk = Trunk(num_inputs * size, config.hidden_size)
+        self.head = ChoiceHead(config, table.sizes[1])
 
     def forward(
         self,
         vision_features: torch.Tensor | None,
         question_features: torch.Tensor | None,
         latency_budget_ms: torch.Tensor,
-        stage1_choice: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """
-        Args:
-            vision_features (`torch.Tensor` of shape `(batch_size, vision_size)`):
-                Vision features of the executor for the image as stage 1 decided. Not read where `stage2_inputs` does not
-                name the image.
-            question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Question features of the executor. Not read where `stage2_inputs` does not name the question.
-            latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
-                Budget in ms.
-            stage1_choice (`torch.LongTensor` of shape `(batch_size, knobs of stage 1)`):
-                Position of each value that stage 1 took among the values of its knob.
-
-        Returns:
-            `tuple[torch.Tensor, ...]`: Logits of shape `(batch_size, num_values)` for each knob of this stage, which are
-            independent of each other.
-        """
-        if not self.heads:
-            return ()
+        first_values: torch.Tensor,
+        slack: torch.Tensor | None,
+    ) -> torch.Tensor:
         inputs = []
         if self.vision_projector is not None:
             inputs.append(self.vision_projector(vision_features))
         if self.question_projector is not None:
             inputs.append(self.question_projector(question_features))
-        inputs.append(self.budget_encoder(latency_budget_ms))
-        inputs += [embed(stage1_choice[:, column]) for column, embed in enumerate(self.choice_embeddings)]
-        hidden_states = self.trunk(*inputs)
-        return tuple(head(hidden_states) for head in self.heads)
+        inputs.append(self.budget_encoder(latency_budget_ms, slack))
+        inputs += [embed(first_values[:, column]) for column, embed in enumerate(self.choice_embeddings)]
+        return self.head(self.trunk(*inputs))
 
 
 class JointControllerModel(PreTrainedModel):
@@ -201,16 +194,19 @@ class JointControllerModel(PreTrainedModel):
         if config.knob_space is None:
             raise ValueError("a controller needs knobs to decide: give its configuration a `knob_space`.")
         self.knob_space = KnobSpace.from_dict(config.knob_space)
-        knobs = {
-            stage: [self.knob_space.knobs[index] for index in self.knob_space.decided_by(stage)] for stage in STAGES
-        }
-        self.stage1 = Stage1(config, knobs[1])
-        self.stage2 = Stage2(config, knobs[2], knobs[1])
+        self.table = StageTable(self.knob_space)
+        stages = [self.knob_space.decided_by(stage) for stage in STAGES]
+        # A stage without knobs has nothing to decide, and no parameters.
+        self.stage1 = Stage1(config, self.table) if stages[0] else nn.Module()
+        self.stage2 = Stage2(config, self.table) if stages[1] else nn.Module()
+        for name, values in (("setting_positions", self.table.positions), ("first_values", self.table.values[0])):
+            self.register_buffer(name, values, persistent=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        if any(module is head for stage in (self.stage1, self.stage2) for head in stage.heads):
-            # Equal logits: training starts from the uniform policy, whatever the executor's features are.
+        heads = [stage.head for stage in (self.stage1, self.stage2) if hasattr(stage, "head")]
+        if any(module is linear for head in heads for linear in head.linears):
+            # Equal scores: training starts from the uniform policy, whatever the executor's features are.
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
@@ -223,6 +219,10 @@ class JointControllerModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, BudgetEncoder):
             module.reset_frequencies()
+        elif module is self:
+            # Buffers that no checkpoint holds.
+            init.copy_(self.setting_positions, self.table.positions)
+            init.copy_(self.first_values, self.table.values[0])
 
     @property
     def sees_question(self) -> bool:
@@ -257,9 +257,13 @@ class JointControllerModel(PreTrainedModel):
         other = load_controller(controller_path)
         differing = [
             f"`{name}` {getattr(other.config, name)!r} there, {getattr(self.config, name)!r} here"
-            for name in ("stage1_inputs", "budget_octaves", "projection_size", "hidden_size")
+            for name in ("stage1_inputs", "budget_octaves", "projection_size", "hidden_size", "heads", "sees_slack")
             if getattr(other.config, name) != getattr(self.config, name)
         ]
+        if self.config.sees_slack and len(other.knob_space) != len(self.knob_space):
+            differing.append(
+                f"it sees the slack of {len(other.knob_space)} settings there, {len(self.knob_space)} here"
+            )
         if "question" in self.config.stage1_inputs and other.config.question_size != self.config.question_size:
             differing.append(f"`question_size` {other.config.question_size} there, {self.config.question_size} here")
         decided, decided_there = (
@@ -282,33 +286,132 @@ class JointControllerModel(PreTrainedModel):
             )
         self.stage1.load_state_dict(other.stage1.state_dict())
 
-    def forward(
+    def score_stage1(
         self,
-        question_features: torch.Tensor,
+        question_features: torch.Tensor | None,
         latency_budget_ms: torch.Tensor,
-        vision_features: torch.Tensor,
-        actions: torch.Tensor,
-    ) -> JointControllerOutput:
+        fit: SettingFit | None = None,
+    ) -> torch.Tensor:
         """
-        Both stages at once, for decisions that were already taken: what training needs to score them.
+        Scores of what stage 1 may choose.
 
         Args:
             question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
-                Question features of the executor.
+                Question features of the executor. Not read where `stage1_inputs` is `"budget"`.
             latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
                 Budget in ms.
+            fit ([`SettingFit`], *optional*):
+                Which settings fit. A choice is out that leaves none of them. Required where `config.sees_slack`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, choices of stage 1)`
+
+        Raises:
+            ValueError: If the controller sees slack and there is none.
+        """
+        self._check_fit(fit)
+        if not self.table.sizes[0]:
+            return latency_budget_ms.new_zeros(len(latency_budget_ms), 1, dtype=self.dtype)
+        slack = fit.slack if self.config.sees_slack else None
+        scores = self.stage1(question_features, latency_budget_ms, slack)
+        if fit is None:
+            return scores
+        return _masked(scores, fit.fits[:, self.setting_positions].any(dim=-1))
+
+    def score_stage2(
+        self,
+        vision_features: torch.Tensor | None,
+        question_features: torch.Tensor | None,
+        latency_budget_ms: torch.Tensor,
+        first: torch.Tensor,
+        fit: SettingFit | None = None,
+    ) -> torch.Tensor:
+        """
+        Scores of what stage 2 may choose.
+
+        Args:
             vision_features (`torch.Tensor` of shape `(batch_size, vision_size)`):
-                Vision features of the executor for the image as stage 1 decided.
-            actions (`torch.LongTensor` of shape `(batch_size, knobs)`):
-                Position of each value taken among the values of its knob. Those of stage 1 are read.
+                Vision features of the executor for the image as stage 1 decided. Not read where `stage2_inputs` does not
+                name the image.
+            question_features (`torch.Tensor` of shape `(batch_size, question_size)`):
+                Question features of the executor. Not read where `stage2_inputs` does not name the question.
+            latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
+                Budget in ms.
+            first (`torch.LongTensor` of shape `(batch_size,)`):
+                What stage 1 chose.
+            fit ([`SettingFit`], *optional*):
+                Which settings fit: the others are out. Required where `config.sees_slack`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, choices of stage 2)`
+
+        Raises:
+            ValueError: If the controller sees slack and there is none.
+        """
+        self._check_fit(fit)
+        if not self.table.sizes[1]:
+            return latency_budget_ms.new_zeros(len(latency_budget_ms), 1, dtype=self.dtype)
+        left = self.setting_positions[first]  # (n, choices of stage 2), settings that stage 1 left
+        slack = fit.slack.gather(1, left) if self.config.sees_slack else None
+        scores = self.stage2(vision_features, question_features, latency_budget_ms, self.first_values[first], slack)
+        return scores if fit is None else _masked(scores, fit.fits.gather(1, left))
+
+    def _check_fit(self, fit: SettingFit | None) -> None:
+        if self.config.sees_slack and fit is None:
+            raise ValueError(
+                "the controller was made to see what fits a request: give `fit`, which `Guardrail.fit` predicts, or make a "
+                "controller with `sees_slack=False`."
+            )
+
+    def forward(
+        self,
+        latency_budget_ms: torch.Tensor,
+        question_features: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
+        fits: torch.Tensor | None = None,
+        slack: torch.Tensor | None = None,
+    ) -> JointControllerOutput:
+        """
+        Both stages at once: what training needs to score decisions that were taken, or all that might be.
+
+        Args:
+            latency_budget_ms (`torch.Tensor` of shape `(batch_size,)`):
+                Budget in ms.
+            question_features (`torch.Tensor` of shape `(batch_size, question_size)`, *optional*):
+                Question features of the executor.
+            vision_features (`torch.Tensor` of shape `(batch_size, vision_size)` or `(batch_size, choices of stage 1, vision_size)`, *optional*):
+                Vision features of the executor for the image as stage 1 decided; without `first`, for all of its choices.
+            first (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                What stage 1 chose. By default, stage 2 is scored for all that it might choose.
+            fits, slack (`torch.Tensor` of shape `(batch_size, settings)`, *optional*):
+                As in [`SettingFit`].
 
         Returns:
             [`JointControllerOutput`]
         """
-        first, second = (self.knob_space.decided_by(stage) for stage in STAGES)
-        logits = [
-            *self.stage1(question_features, latency_budget_ms),
-            *self.stage2(vision_features, question_features, latency_budget_ms, actions[:, first]),
-        ]
-        logits_of = dict(zip((*first, *second), logits, strict=True))
-        return JointControllerOutput(logits=tuple(logits_of[knob] for knob in range(len(logits))))
+        fit = None if fits is None else SettingFit(fits, slack, fits.any(dim=1))
+        stage1 = self.score_stage1(question_features, latency_budget_ms, fit)
+        if first is not None:
+            stage2 = self.score_stage2(vision_features, question_features, latency_budget_ms, first, fit)
+            return JointControllerOutput(stage1_scores=stage1, stage2_scores=stage2)
+        num_first = self.table.num_choices[0]
+
+        def for_every_choice(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.repeat_interleave(num_first, dim=0)
+
+        if fit is not None:
+            fit = SettingFit(*map(for_every_choice, (fit.fits, fit.slack, fit.fits_budget)))
+        stage2 = self.score_stage2(
+            None if vision_features is None else vision_features.flatten(0, 1),
+            for_every_choice(question_features),
+            for_every_choice(latency_budget_ms),
+            torch.arange(num_first, device=stage1.device).repeat(len(stage1)),
+            fit,
+        )
+        return JointControllerOutput(stage1_scores=stage1, stage2_scores=stage2.reshape(len(stage1), num_first, -1))
+
+
+def _masked(scores: torch.Tensor, is_left: torch.Tensor) -> torch.Tensor:
+    # In float32: float16 has no number as low.
+    return scores.float().masked_fill(~is_left, MASKED_SCORE)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from .choosing import StageTable, likeliest, penalty_of
 from .modeling_joint_controller import JointControllerModel
+from .setting_fit import SettingFit
 
 
 NUM_WARM_UPS = 3
@@ -27,52 +27,60 @@ class RequestController:
     def __init__(self, controller: JointControllerModel):
         self.controller = controller.eval()
         place = {"device": controller.device}
-        self._table = StageTable(controller.knob_space)
-        num_first, num_second = self._table.positions.shape
-        self._first_values = self._table.values[0].to(controller.device)
+        num_settings = len(controller.knob_space)
         self._question = torch.zeros(1, controller.config.question_size, **place)
         self._vision = torch.zeros(1, controller.config.vision_size, **place)
         # In float32, also where the configuration has whole milliseconds.
         self._budget_ms = torch.full((1,), float(controller.config.latency_budget_max_ms), **place)
-        self._penalty = torch.zeros(num_first, num_second, dtype=torch.float64, **place)
-        self._has_penalty = False
+        is_on_gpu = controller.device.type == "cuda"
+        # One copy to the device for both.
+        self._fit = torch.ones(2, num_settings, **place)
+        self._fit_on_host = torch.ones(2, num_settings, pin_memory=is_on_gpu)
+        self._is_masked = False
         self._first_on_device = torch.zeros(1, dtype=torch.long, **place)
         # Decisions as places among the choices of a stage, where the host can read them as soon as the device is done.
-        is_on_gpu = controller.device.type == "cuda"
         self._first, self._second = (torch.zeros(1, dtype=torch.long, pin_memory=is_on_gpu) for _ in range(2))
         self._run_stage1 = self._captured(self._stage1) if is_on_gpu else self._stage1
         self._run_stage2 = self._captured(self._stage2) if is_on_gpu else self._stage2
 
     def choose_stage1(
-        self, question_features: torch.Tensor | None, latency_budget_ms: float, fits: torch.Tensor | None = None
+        self, question_features: torch.Tensor | None, latency_budget_ms: float, fit: SettingFit | None = None
     ) -> torch.Tensor:
         """
         Stage 1 of a request.
 
         Args:
             question_features (`torch.Tensor` of shape `(1, question_size)`, *optional*):
-                As in [`JointControllerModel.forward`]. `None` for a controller that does not see it.
+                As in [`JointControllerModel.score_stage1`]. `None` for a controller that does not see it.
             latency_budget_ms (`float`):
                 Budget in ms.
-            fits (`torch.BoolTensor` of shape `(1, settings)`, *optional*):
-                Settings to choose from in both stages, at least one, on the CPU, see [`~latency.Guardrail`]. By default
+            fit ([`SettingFit`], *optional*):
+                Settings of the request to choose from in both stages, on the CPU, see [`~latency.Guardrail`]. By default
                 all.
 
         Returns:
-            `torch.LongTensor` of shape `(1, knobs of stage 1)`: positions of values, on the CPU.
+            `torch.LongTensor` of shape `(1,)`: position among the choices of the stage, on the CPU. The next request
+            overwrites it.
+
+        Raises:
+            ValueError: If the controller sees what fits and it is not given.
         """
+        if fit is None and self.controller.config.sees_slack:
+            self.controller.score_stage1(question_features, self._budget_ms, None)  # says what is missing
         with torch.inference_mode():
             if question_features is not None:
                 self._question.copy_(question_features)
             self._budget_ms.fill_(latency_budget_ms)
-            if fits is not None:
-                # Copies from ordinary memory are safe without waiting.
-                self._penalty.copy_(penalty_of(fits[0][self._table.positions]), non_blocking=True)
-            elif self._has_penalty:
-                self._penalty.fill_(0.0)
-            self._has_penalty = fits is not None
+            if fit is not None:
+                self._fit_on_host[0].copy_(fit.fits[0])
+                self._fit_on_host[1].copy_(fit.slack[0])
+                # What the last request copied from there has been waited for.
+                self._fit.copy_(self._fit_on_host, non_blocking=True)
+            elif self._is_masked:
+                self._fit.fill_(1.0)
+            self._is_masked = fit is not None
             self._run_stage1()
-            return self._table.values[0].index_select(0, self._first)
+            return self._first
 
     def choose_stage2(self, vision_features: torch.Tensor | None) -> torch.Tensor:
         """
@@ -80,31 +88,32 @@ class RequestController:
 
         Args:
             vision_features (`torch.Tensor` of shape `(1, vision_size)`, *optional*):
-                As in [`JointControllerModel.forward`]. `None` for a controller that does not see it.
+                As in [`JointControllerModel.score_stage2`]. `None` for a controller that does not see it.
 
         Returns:
-            `torch.LongTensor` of shape `(1, knobs of stage 2)`: positions of values, on the CPU.
+            `torch.LongTensor` of shape `(1,)`: position among the choices of the stage, on the CPU. The next request
+            overwrites it.
         """
         with torch.inference_mode():
             if vision_features is not None:
                 self._vision.copy_(vision_features)
             self._run_stage2()
-            return self._table.values[1].index_select(0, self._second)
+            return self._second
+
+    def _setting_fit(self) -> SettingFit:
+        fits = self._fit[:1] > 0
+        return SettingFit(fits, self._fit[1:], fits[:, 0])
 
     def _stage1(self) -> None:
-        logits = self.controller.stage1(self._question, self._budget_ms)
-        if logits:
-            self._first_on_device.copy_(likeliest(logits, self._penalty.amax(dim=-1)[None]))
-            self._first.copy_(self._first_on_device, non_blocking=True)
+        scores = self.controller.score_stage1(self._question, self._budget_ms, self._setting_fit())
+        self._first_on_device.copy_(scores.argmax(dim=-1))
+        self._first.copy_(self._first_on_device, non_blocking=True)
 
     def _stage2(self) -> None:
-        # Of a single knob, choices are values: a kernel less.
-        is_single = self._first_values.shape[1] == 1
-        values = self._first_on_device[:, None] if is_single else self._first_values[self._first_on_device]
-        logits = self.controller.stage2(self._vision, self._question, self._budget_ms, values)
-        if logits:
-            penalty = self._penalty.index_select(0, self._first_on_device)
-            self._second.copy_(likeliest(logits, penalty), non_blocking=True)
+        scores = self.controller.score_stage2(
+            self._vision, self._question, self._budget_ms, self._first_on_device, self._setting_fit()
+        )
+        self._second.copy_(scores.argmax(dim=-1), non_blocking=True)
 
     @torch.inference_mode()
     def _captured(self, stage: Callable[[], None]) -> Callable[[], None]:

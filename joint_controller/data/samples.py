@@ -1,6 +1,9 @@
 """Rows of a data set as samples, whose images are decoded when they are looked at."""
 
+import hashlib
 from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image
@@ -21,6 +24,17 @@ class Sample(dict):
     def __init__(self, row: Mapping[str, Any]):
         super().__init__({column: value for column, value in row.items() if column != "image"})
         self._encoded_image = row["image"]
+
+    @cached_property
+    def image_id(self) -> str | None:
+        """Names the image by its content, so that questions about one image are known as such: the first 16 hexadecimal
+        digits of the SHA-256 of the encoded image. `None` where there is no image."""
+        if self._encoded_image is None:
+            return None
+        content = self._encoded_image["bytes"]
+        if content is None:
+            content = Path(self._encoded_image["path"]).read_bytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def __missing__(self, column: str) -> Any:
         if column != "image":

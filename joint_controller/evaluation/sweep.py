@@ -1,128 +1,100 @@
-"""The budget sweep: how good policies are under each of several latency budgets."""
+"""The budget sweep: what policies choose under each of several latency budgets, and what comes of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
-from rich.table import Table
 
-from ..knobs import KnobSetting
+from ..knobs import KnobSetting, KnobSpace
 from ..latency import LatencyEstimator
-from ..outcomes import OutcomeSource
+from ..outcomes import Outcome, OutcomeSource
 from ..rewards import DEFAULT_REWARDS, RewardFunction, reward_columns, total_reward
-from .policies import BestStaticPolicy, Policy, RandomPolicy, StaticPolicy
+from .baselines import (
+    BestStaticPolicy,
+    CeilingPolicy,
+    FitsPolicy,
+    Forecast,
+    KnownOutcomes,
+    LookUpPolicy,
+    QuestionTypePolicy,
+    RandomPolicy,
+    StaticPolicy,
+    TrainingOutcomes,
+)
+from .policies import Policy
+from .request_table import NOT_TRAINED, Choices, build_request_table
 
 
-SWEEP_FILE = "sweep.parquet"
-"""Name of a sweep's table in an output folder."""
+BASELINES = ("full", "static", "static by reward", "fits", "look-up", "per question type", "random", "ceiling")
+"""Names of the policies that are not trained, in the order of tables."""
 
-MAX_VIOLATION_RATE = 0.05
-"""A static setting fits a budget if it exceeds the budget on at most this share of the samples."""
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """
-    What one policy achieved under one budget.
-
-    Args:
-        policy (`str`):
-            Name of the policy.
-        latency_budget_ms, budget_fraction (`float`):
-            Budget of every request, in ms and as a fraction of the full setting's mean latency.
-        reward, accuracy, latency_ms (`float`):
-            Means over the requests; the latency is estimated.
-        budget_violation_rate (`float`):
-            Share of requests whose estimated latency exceeds the budget.
-        most_common_setting (`str`), most_common_share (`float`):
-            Setting that was chosen most often, and how often.
-        num_samples (`int`):
-            Requests.
-    """
-
-    policy: str
-    latency_budget_ms: float
-    budget_fraction: float
-    reward: float
-    accuracy: float
-    latency_ms: float
-    budget_violation_rate: float
-    most_common_setting: str
-    most_common_share: float
-    num_samples: int
-
-
-class StaticSettings:
-    """
-    Outcomes of every setting on the same samples, from which the best static setting of a budget is picked: a setting
-    is chosen on training samples and judged on others. Arguments are as in [`sweep_budgets`].
-    """
-
-    def __init__(
-        self,
-        outcomes: OutcomeSource,
-        latency_estimator: LatencyEstimator,
-        samples: Sequence[Mapping[str, Any]],
-        rewards: Mapping[RewardFunction, float] = DEFAULT_REWARDS,
-        progress: bool = False,
-    ):
-        self.settings = outcomes.knob_space.settings
-        self.rewards = rewards
-        every_sample = [sample for sample in samples for _ in self.settings]
-        collected = outcomes.collect(every_sample, list(self.settings) * len(samples), progress=progress)
-        latency_ms = latency_estimator.latency_ms(collected)
-        budgets = [float("nan")] * len(collected)  # each is asked for later
-        self._columns = reward_columns(outcomes.knob_space, every_sample, collected, latency_ms.tolist(), budgets)
-        self.latency_ms = latency_ms.double().numpy().reshape(len(samples), len(self.settings))
-
-    def best(self, latency_budget_ms: float) -> KnobSetting:
-        """
-        The setting with the highest mean reward among those that fit a budget in ms.
-
-        Raises:
-            ValueError: If no setting fits.
-        """
-        fits = (self.latency_ms > latency_budget_ms).mean(axis=0) <= MAX_VIOLATION_RATE
-        if not fits.any():
-            raise ValueError(
-                f"no setting fits a budget of {latency_budget_ms:.3f} ms: the cheapest takes "
-                f"{self.latency_ms.mean(axis=0).min():.3f} ms. Raise the budget."
-            )
-        budgets = [latency_budget_ms] * self.latency_ms.size
-        rewards = total_reward(self.rewards, {**self._columns, "latency_budget_ms": budgets})
-        mean_rewards = rewards.reshape(self.latency_ms.shape).mean(axis=0)
-        return self.settings[int(np.where(fits, mean_rewards, -np.inf).argmax())]
+NEED_FORECAST = ("fits", "look-up", "per question type")
+"""Those that have to know beforehand what a request takes at each setting."""
 
 
 def baseline_policies(
-    outcomes: OutcomeSource,
-    latency_estimator: LatencyEstimator,
-    samples: Sequence[Mapping[str, Any]],
+    training: TrainingOutcomes,
+    knob_space: KnobSpace,
     budgets_ms: Sequence[float],
-    rewards: Mapping[RewardFunction, float] = DEFAULT_REWARDS,
+    names: Sequence[str] | None = None,
+    forecast: Forecast | None = None,
+    known: KnownOutcomes | None = None,
     seed: int = 42,
-    progress: bool = False,
 ) -> list[Policy]:
     """
-    What a controller is compared with: the best static setting of each budget (`"best static"`), the full setting
-    (`"full"`) and random settings (`"random"`, drawn by `seed`).
+    What a controller is compared with. `docs/sweep.md` says what each policy does.
 
     Args:
-        outcomes, latency_estimator, budgets_ms, rewards, progress:
-            As in [`sweep_budgets`].
-        samples (`Sequence[dict]`):
-            Training samples, on which the static settings are chosen.
+        training ([`TrainingOutcomes`]):
+            What settings are chosen on.
+        knob_space ([`KnobSpace`]):
+            The settings.
+        budgets_ms (`Sequence[float]`):
+            Budgets of the sweep, in ms.
+        names (`Sequence[str]`, *optional*):
+            Names from `BASELINES`. By default all but the ceiling, and without a forecast none that needs one.
+        forecast ([`Forecast`], *optional*):
+            Says which settings fit a request.
+        known ([`KnownOutcomes`], *optional*):
+            Outcomes of the samples that are to be evaluated, for the ceiling.
+        seed (`int`, *optional*, defaults to 42):
+            Draws the random settings.
+
+    Returns:
+        `list[Policy]`: in the order of the names.
 
     Raises:
-        ValueError: If no setting fits a budget.
+        ValueError: If a name is unknown, a policy needs what is not given, or no setting keeps a budget.
     """
-    space = outcomes.knob_space
-    static_settings = StaticSettings(outcomes, latency_estimator, samples, rewards, progress)
+    if names is None:
+        names = [name for name in BASELINES if name != "ceiling" and (forecast or name not in NEED_FORECAST)]
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"there is no policy '{unknown[0]}': choose from {', '.join(map(repr, BASELINES))}.")
+    for name in names:
+        if name in NEED_FORECAST and forecast is None:
+            raise ValueError(
+                f"policy '{name}' has to know what requests will take, and nothing predicts it here: leave it out, or give a "
+                "guardrail."
+            )
+        if name == "ceiling" and known is None:
+            raise ValueError("policy 'ceiling' has to know the outcomes of all samples: leave it out, or give them.")
     for budget in budgets_ms:
-        static_settings.best(budget)  # a budget that nothing fits is refused here
-    return [BestStaticPolicy(static_settings.best), StaticPolicy(space.full, "full"), RandomPolicy(space, seed)]
+        training.best_static(budget)  # a budget that nothing fits is refused here
+    make = {
+        "full": lambda: StaticPolicy(knob_space.full, "full"),
+        "static": lambda: BestStaticPolicy(training),
+        "static by reward": lambda: BestStaticPolicy(training, by_reward=True),
+        "fits": lambda: FitsPolicy(training, forecast),
+        "look-up": lambda: LookUpPolicy(training, forecast),
+        "per question type": lambda: QuestionTypePolicy(training, forecast),
+        "random": lambda: RandomPolicy(knob_space, seed),
+        "ceiling": lambda: CeilingPolicy(known),
+    }
+    return [make[name]() for name in names]
 
 
 def sweep_budgets(
@@ -133,8 +105,11 @@ def sweep_budgets(
     budgets_ms: Sequence[float],
     full_setting_ms: float,
     rewards: Mapping[RewardFunction, float] = DEFAULT_REWARDS,
+    seeds: Sequence[int] | None = None,
+    forecast: Forecast | None = None,
+    together: bool = False,
     progress: bool = False,
-) -> list[SweepRow]:
+) -> Dataset:
     """
     Runs every policy under every budget.
 
@@ -153,88 +128,121 @@ def sweep_budgets(
             Mean latency of the full setting, in ms, for `budget_fraction`.
         rewards (`Mapping[RewardFunction, float]`, *optional*, defaults to `DEFAULT_REWARDS`):
             Reward functions and their weights.
+        seeds (`Sequence[int]`, *optional*):
+            Seed of the training of each policy; -1 for one that was not trained, the default.
+        forecast ([`Forecast`], *optional*):
+            If it gives upper quantiles, they are the column `upper_latency_ms`.
+        together (`bool`, *optional*, defaults to `False`):
+            Whether all processes call this at once, each with all samples: each then answers its share.
         progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+            Whether to show a progress bar (of one process).
 
     Returns:
-        `list[SweepRow]`: One for each budget and policy, budget by budget.
+        `datasets.Dataset`: the request table, budget by budget and policy by policy, see
+        [`~evaluation.request_table.request_features`].
+
+    Raises:
+        ValueError: If there is nothing to compare, two policies have one name and seed, or a policy does not choose one
+            setting for each sample.
     """
-    # Settings of all samples, budget by budget and policy by policy.
-    choices = [[policy.choose(samples, budget) for policy in policies] for budget in budgets_ms]
+    seeds = [NOT_TRAINED] * len(policies) if seeds is None else list(seeds)
+    _check(policies, seeds, samples, budgets_ms)
+    space = outcomes.knob_space
+    positions = _choose(policies, space, samples, budgets_ms, together)  # (budgets, policies, samples)
     # All at once, so that the executor gets large batches of equal settings.
-    pairs = {
-        (row, setting): None for of_budget in choices for settings in of_budget for row, setting in enumerate(settings)
-    }
-    collected = outcomes.collect(
-        [samples[row] for row, _ in pairs], [setting for _, setting in pairs], progress=progress
+    is_chosen = np.zeros((len(samples), len(space)), dtype=bool)
+    is_chosen[np.arange(len(samples)), positions] = True
+    rows, columns = np.nonzero(is_chosen)
+    asked = [samples[row] for row in rows], [space.settings[column] for column in columns]
+    collected = collect_shares(outcomes, *asked) if together else outcomes.collect(*asked, progress=progress)
+    accuracy, latency_ms = (np.full(is_chosen.shape, np.nan) for _ in range(2))
+    accuracy[rows, columns] = [outcome.accuracy for outcome in collected]
+    latency_ms[rows, columns] = latency_estimator.latency_ms(collected).double().numpy()
+    outcome_of: dict[tuple[int, int], Outcome] = dict(
+        zip(zip(rows.tolist(), columns.tolist(), strict=True), collected, strict=True)
     )
-    outcome_of = dict(zip(pairs, collected, strict=True))
-    latency_of = dict(zip(pairs, latency_estimator.latency_ms(collected).tolist(), strict=True))
-    rows = []
-    for budget, of_budget in zip(budgets_ms, choices, strict=True):
-        for policy, settings in zip(policies, of_budget, strict=True):
-            chosen = [outcome_of[key] for key in enumerate(settings)]
-            latency_ms = [latency_of[key] for key in enumerate(settings)]
-            columns = reward_columns(outcomes.knob_space, samples, chosen, latency_ms, [budget] * len(settings))
-            most_common = max(set(settings), key=lambda setting: (settings.count(setting), setting))
-            rows.append(
-                SweepRow(
-                    policy=policy.name,
-                    latency_budget_ms=budget,
-                    budget_fraction=budget / full_setting_ms,
-                    reward=float(total_reward(rewards, columns).mean()),
-                    accuracy=float(np.mean([outcome.accuracy for outcome in chosen])),
-                    latency_ms=float(np.mean(latency_ms)),
-                    budget_violation_rate=float(np.mean(np.array(latency_ms) > budget)),
-                    most_common_setting=str(most_common),
-                    most_common_share=settings.count(most_common) / len(settings),
-                    num_samples=len(settings),
+    choices = []
+    for budget, of_budget in zip(budgets_ms, positions, strict=True):
+        for policy, seed, chosen in zip(policies, seeds, of_budget, strict=True):
+            chosen_outcomes = [outcome_of[key] for key in enumerate(chosen.tolist())]
+            chosen_ms = latency_ms[np.arange(len(samples)), chosen].tolist()
+            given = reward_columns(space, samples, chosen_outcomes, chosen_ms, [budget] * len(samples))
+            reward = total_reward(rewards, given)
+            choices.append(Choices(policy.name, seed, budget / full_setting_ms, budget, chosen, reward))
+    has_upper = forecast is not None and forecast.is_upper
+    upper_ms = forecast.latency_ms(samples) if has_upper else None
+    return build_request_table(space, samples, choices, accuracy, latency_ms, upper_ms)
+
+
+def _check(
+    policies: Sequence[Policy],
+    seeds: Sequence[int],
+    samples: Sequence[Mapping[str, Any]],
+    budgets_ms: Sequence[float],
+) -> None:
+    for name, values in (("policies", policies), ("samples", samples), ("budgets_ms", budgets_ms)):
+        if not len(values):
+            raise ValueError(f"`{name}` is empty: give at least one.")
+    if len(seeds) != len(policies):
+        raise ValueError(f"`seeds` has {len(seeds)} values for {len(policies)} policies: give one for each.")
+    keys = [(policy.name, seed) for policy, seed in zip(policies, seeds, strict=True)]
+    for name, seed in keys:
+        if keys.count((name, seed)) > 1:
+            raise ValueError(f"two policies are named '{name}' and have the seed {seed}: give each a name of its own.")
+
+
+def _choose(
+    policies: Sequence[Policy],
+    space: KnobSpace,
+    samples: Sequence[Mapping[str, Any]],
+    budgets_ms: Sequence[float],
+    together: bool,
+) -> np.ndarray:
+    """Positions of the settings that policies choose, of shape `(budgets, policies, samples)`."""
+    state = PartialState()
+    shares = state.num_processes if together else 1
+    mine = range(state.process_index if together else 0, len(samples), shares)
+    asked = [samples[row] for row in mine]
+    chosen = np.empty((len(budgets_ms), len(policies), len(asked)), dtype=np.int32)
+    for number, budget in enumerate(budgets_ms):
+        for column, policy in enumerate(policies):
+            settings = policy.choose(asked, budget) if asked else []
+            if len(settings) != len(asked):
+                raise ValueError(
+                    f"policy '{policy.name}' chose {len(settings)} settings for {len(asked)} samples: it must choose one for "
+                    "each."
                 )
-            )
-    return rows
+            chosen[number, column] = [space.index(setting) for setting in settings]
+    if shares == 1:
+        return chosen
+    positions = np.empty((*chosen.shape[:2], len(samples)), dtype=np.int32)
+    for index, share in enumerate(gather_object([chosen])):
+        positions[..., index::shares] = share
+    return positions
 
 
-def mean_over_budgets(rows: Sequence[SweepRow], policy: str) -> float:
-    """Mean reward of a policy over all budgets of a sweep."""
-    return float(np.mean([row.reward for row in rows if row.policy == policy]))
+def collect_shares(
+    outcomes: OutcomeSource,
+    samples: Sequence[Mapping[str, Any]],
+    settings: Sequence[KnobSetting],
+    progress: bool = False,
+) -> list[Outcome]:
+    """
+    As [`OutcomeSource.collect`], called by all processes at once, all with the same pairs: each answers its share.
 
+    Args:
+        outcomes ([`OutcomeSource`]):
+            Gives the outcomes.
+        samples (`Sequence[dict]`), settings (`Sequence[KnobSetting]`), progress (`bool`, *optional*):
+            As in [`OutcomeSource.collect`]; several processes show no progress.
 
-def sweep_to_dataset(rows: Sequence[SweepRow]) -> Dataset:
-    """The sweep as a table with one row a budget and policy, its columns named as the fields of [`SweepRow`]."""
-    return Dataset.from_list([asdict(row) for row in rows])
-
-
-def format_sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
-    """The sweep as a table for the console."""
-    table = Table(title=title)
-    for heading in ("budget", "policy", "reward", "accuracy", "latency", "violations"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
-    previous = None
-    for row in rows:
-        if previous is not None and row.latency_budget_ms != previous:
-            table.add_section()
-        budget = f"{row.budget_fraction:.2f} = {row.latency_budget_ms:.1f} ms"
-        table.add_row(
-            budget if row.latency_budget_ms != previous else "",
-            row.policy,
-            f"{row.reward:.3f}",
-            f"{row.accuracy:.3f}",
-            f"{row.latency_ms:.1f} ms",
-            f"{row.budget_violation_rate:.1%}",
-        )
-        previous = row.latency_budget_ms
-    return table
-
-
-def format_sweep_markdown(rows: Sequence[SweepRow]) -> str:
-    """The sweep as a Markdown table for a model card."""
-    lines = [
-        "| budget (ms) | of full | policy | reward | accuracy | latency (ms) | violation rate |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {row.latency_budget_ms:.1f} | {row.budget_fraction:.2f} | {row.policy} | {row.reward:.3f} | "
-        f"{row.accuracy:.3f} | {row.latency_ms:.1f} | {row.budget_violation_rate:.1%} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    Returns:
+        `list[Outcome]`: of all pairs, in order.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return outcomes.collect(samples, settings, progress=progress)
+    share = slice(state.process_index, None, state.num_processes)
+    outcomes.collect_together(samples[share], settings[share])
+    outcomes.reload()
+    return outcomes.collect(samples, settings)

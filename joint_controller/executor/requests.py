@@ -28,6 +28,8 @@ class ExecutorRequest:
             How the question is put to the executor: one of the styles that it knows.
         setting ([`KnobSetting`]):
             Knob setting.
+        image_id (`str`, *optional*):
+            Names the image, where other requests may be about the same one.
     """
 
     sample_id: str
@@ -35,6 +37,7 @@ class ExecutorRequest:
     question: str
     style: str
     setting: KnobSetting
+    image_id: str | None = None
 
     @classmethod
     def of(cls, sample: Mapping[str, Any], setting: KnobSetting) -> "ExecutorRequest":
@@ -48,7 +51,12 @@ class ExecutorRequest:
                 Knob setting.
         """
         return cls(
-            sample["sample_id"], partial(getitem, sample, "image"), sample["question"], sample["style"], setting
+            sample["sample_id"],
+            partial(getitem, sample, "image"),
+            sample["question"],
+            sample["style"],
+            setting,
+            getattr(sample, "image_id", None),
         )
 
     def at(self, setting: KnobSetting) -> "ExecutorRequest":

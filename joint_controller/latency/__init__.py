@@ -6,8 +6,9 @@ from its module: `profiling`, `recalibration`, and the two that draw, `profile_r
 from transformers import AutoConfig, AutoModel
 
 from .configuration_latency_estimator import LatencyEstimatorConfig
+from .fit_cache import FitCache
 from .fitting import fit_latency_estimator
-from .guardrail import Guardrail, settings_that_fit
+from .guardrail import Guardrail
 from .latency_estimator import LatencyEstimator, RecordedLatencies
 from .loading import (
     embedded_latency_estimator_path,
@@ -23,6 +24,7 @@ AutoConfig.register(LatencyEstimatorConfig.model_type, LatencyEstimatorConfig)
 AutoModel.register(LatencyEstimatorConfig, LatencyEstimatorModel)
 
 __all__ = [
+    "FitCache",
     "Guardrail",
     "LatencyEstimator",
     "LatencyEstimatorConfig",
@@ -35,7 +37,6 @@ __all__ = [
     "make_profile",
     "read_latency_estimator",
     "save_profile",
-    "settings_that_fit",
     "shipped_estimator_names",
     "shipped_latency_estimators",
 ]

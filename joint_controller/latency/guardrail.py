@@ -9,9 +9,13 @@ from functools import cached_property, reduce
 
 import torch
 
+from ..controller import SettingFit
 from ..executor import Executor, ExecutorRequest, InputCounter, OpenRequest
 from .latency_estimator import LatencyEstimator
 
+
+TYPICAL_QUANTILE = 0.5
+"""Half of the requests take less than is typical."""
 
 KNOWN_PREDICTIONS = 1024
 """Predictions for single requests that are kept, by the sizes of their inputs: half a kilobyte each."""
@@ -59,12 +63,12 @@ class Guardrail:
         executor ([`Executor`]):
             Answers the requests: it counts their inputs, and its knob space and its `max_new_tokens` are read.
         quantile (`float`, *optional*, defaults to 0.95):
-            Share of requests whose latency is to stay below what is predicted: 0.9, 0.95 or 0.99. `None` promises nothing:
-            every setting fits whose prompt is not too long.
+            Share of requests whose latency is to stay below what is predicted: 0.5 (typical latencies), 0.9, 0.95 or 0.99.
+            `None` promises nothing: every setting fits whose prompt is not too long.
 
     Attributes:
         upper_ratio (`float` or `None`):
-            The upper quantile of a latency as a multiple of the typical latency.
+            The upper quantile of a latency as a multiple of the typical latency: 1 for the quantile 0.5.
 
     Raises:
         ValueError: If the estimator cannot predict this quantile, or settings of the executor's knob space.
@@ -73,8 +77,8 @@ class Guardrail:
 
     ```python
     >>> guardrail = Guardrail(latency_estimator, executor)
-    >>> fits, fits_budget = settings_that_fit(guardrail.predict_latency_ms([request]), latency_budget_ms=60)
-    >>> request_controller.choose_stage1(question_features, latency_budget_ms=60, fits=fits)
+    >>> budget_ms, fit = guardrail.fit(guardrail.typical_ms([request]), latency_budget_ms=60)
+    >>> request_controller.choose_stage1(question_features, budget_ms, fit)
     ```
     """
 
@@ -90,7 +94,9 @@ class Guardrail:
         answer = torch.tensor(executor.max_new_tokens)
         typical_ms = latency_estimator.predict_latency_ms(settings, ones, answer)
         self.upper_ratio = None
-        if quantile is not None:
+        if quantile == TYPICAL_QUANTILE:
+            self.upper_ratio = 1.0
+        elif quantile is not None:
             upper_ms = latency_estimator.predict_latency_ms(settings, ones, answer, quantile)
             self.upper_ratio = (upper_ms.double() / typical_ms.double()).max().item()
 
@@ -150,34 +156,41 @@ class Guardrail:
             `torch.Tensor` of shape `(n, settings)`: ms, in the order of the knob space, on the CPU; infinite where the
             prompt is longer than the executor takes.
         """
-        prediction = self.predict(requests, counter)
-        return self.upper_latency_ms(prediction, self.upper_ratio)
+        return self.typical_ms(requests, counter) * (self.upper_ratio or 0.0)
 
-    def upper_latency_ms(self, prediction: LatencyPrediction, upper_ratio: float | None) -> torch.Tensor:
-        """What latencies stay below by a prediction, if that is this multiple of typical ones; `None` for no limit: 0. Infinite
-        where the prompt is longer than the executor takes."""
-        latency_ms = prediction.all_tokens_ms * (upper_ratio or 0.0)
+    def typical_ms(
+        self, requests: Sequence[ExecutorRequest], counter: InputCounter | OpenRequest | None = None
+    ) -> torch.Tensor:
+        """As [`~Guardrail.predict_latency_ms`], but the typical latency, with an answer of all tokens."""
+        return self.runnable_ms(self.predict(requests, counter))
+
+    def fit(
+        self, typical_ms: torch.Tensor, latency_budget_ms: torch.Tensor | float, upper_ratio: float | None = None
+    ) -> tuple[torch.Tensor | float, SettingFit]:
+        """
+        Which settings keep budgets, in terms of typical latencies: a controller is told what a typical request may take, so
+        that the promised share of requests keeps the budget.
+
+        Args:
+            typical_ms (`torch.Tensor` of shape `(n, settings)`):
+                What [`~Guardrail.typical_ms`] gives.
+            latency_budget_ms (`torch.Tensor` of shape `(n,)` or `float`):
+                Budgets, in ms.
+            upper_ratio (`float`, *optional*):
+                The upper quantile as a multiple of the typical latency. Defaults to `Guardrail.upper_ratio`.
+
+        Returns:
+            `tuple[torch.Tensor | float, SettingFit]`: What typical latencies must keep, in ms, in the form of
+            `latency_budget_ms`, and the settings that do.
+        """
+        is_masked = self.quantile is not None
+        if is_masked:
+            latency_budget_ms = latency_budget_ms / (self.upper_ratio if upper_ratio is None else upper_ratio)
+        return latency_budget_ms, SettingFit.of(typical_ms, latency_budget_ms, is_masked)
+
+    def runnable_ms(self, prediction: LatencyPrediction) -> torch.Tensor:
+        """Typical latencies with all tokens, infinite where the prompt is longer than the executor takes."""
         most = self.executor.max_prompt_tokens
         if prediction.prompt_range[1] <= most:
-            return latency_ms
-        return latency_ms.masked_fill(prediction.prompt_tokens > most, math.inf)
-
-
-def settings_that_fit(latency_ms: torch.Tensor, latency_budget_ms: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The settings that a controller may choose from under a budget.
-
-    Args:
-        latency_ms (`torch.Tensor` of shape `(n, settings)`):
-            What [`Guardrail.predict_latency_ms`] gives.
-        latency_budget_ms (`float`):
-            Budget of each request, in ms.
-
-    Returns:
-        `tuple[torch.BoolTensor, torch.BoolTensor]`: of the shape of `latency_ms`, the settings that fit or, where none does,
-        the cheapest one alone; and of shape `(n,)`, whether any fits.
-    """
-    fits = latency_ms <= latency_budget_ms
-    fits_budget = fits.any(dim=1)
-    fits[:, 0] |= ~fits_budget
-    return fits, fits_budget
+            return prediction.all_tokens_ms
+        return prediction.all_tokens_ms.masked_fill(prediction.prompt_tokens > most, math.inf)

@@ -121,8 +121,13 @@ def path_to_measure(executor: Executor) -> RequestPath:
     take as long as others.
     """
     space = executor.knob_space
-    sizes = {"question_size": executor.question_size, "vision_size": executor.vision_size}
-    controller = JointControllerModel(JointControllerConfig(knob_space=space.to_dict(), **sizes)).to(executor.device)
+    config = JointControllerConfig(
+        knob_space=space.to_dict(),
+        question_size=executor.question_size,
+        vision_size=executor.vision_size,
+        sees_slack=True,
+    )
+    controller = JointControllerModel(config).to(executor.device)
     lengths = executor.prefill_lengths
     estimator = LatencyEstimatorModel(
         LatencyEstimatorConfig(

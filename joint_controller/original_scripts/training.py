@@ -48,6 +48,10 @@ def set_up_from_results(
         raise ValueError(
             f"recorded results say what the model's stages took, not whole requests: leave `latency_scope` {REQUEST_SCOPE} out."
         )
+    if args.mask:
+        raise ValueError(
+            "`mask` needs to predict what a request will take, and without an executor nothing counts its inputs: leave it out."
+        )
     set_num_threads(args)
     results = load_recorded_results(original_args.results_dir, args.dataset_names or None)
     chosen = parse_knob_values(args.knob_values)
@@ -63,6 +67,8 @@ def set_up_from_results(
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         test_dataset=splits["test"],
+        heads=args.heads or "independent",
+        mask=False,
         source="recorded results",
         dataset_names=results.dataset_names,
         latencies="as they were recorded" if args.latency_estimator_path is None else "estimated",

@@ -2,7 +2,7 @@
 Shows what a recipe would train on: samples, answers, images, and how long the executor's inputs will be.
 
 ```bash
-joint-controller data --config recipes/easy_vqa/grpo.yaml --output_dir outputs/easy_vqa_data
+joint-controller data --config recipes/easy_vqa/train.yaml --output_dir outputs/easy_vqa_data
 ```
 
 Takes the recipes of `joint-controller train`. Loads no weights. Prints tables, and writes them and a picture of 25 samples

@@ -2,13 +2,13 @@
 Trains a controller by GRPO: for each question and latency budget, what to spend.
 
 ```bash
-joint-controller train --config recipes/easy_vqa/grpo.yaml
+joint-controller train --config recipes/easy_vqa/train.yaml
 ```
 
 or, on several devices:
 
 ```bash
-accelerate launch -m joint_controller.scripts.train --config recipes/easy_vqa/grpo.yaml
+accelerate launch -m joint_controller.scripts.train --config recipes/easy_vqa/train.yaml
 ```
 """
 
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from transformers.hf_argparser import HfArg
 
 from ..original_scripts.arguments import OriginalArguments, TrainParser
+from ..rewards import DEFAULT_TIME_PRICE, OBJECTIVES
 from ..trainer import JointGRPOConfig
 from . import run_script
 from .data_arguments import DataArguments, check_splits
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from ..controller import JointControllerModel
     from ..evaluation.policies import Policy
-    from ..evaluation.sweep import SweepRow
     from ..outcomes import OutcomeSource
     from ..rewards import RewardFunction
     from ..trainer import JointGRPOTrainer, LatencyBudgetRange
@@ -81,6 +81,17 @@ class TrainArguments(ExecutorArguments, DataArguments):
         "recorded results, what there is of it.",
         metadata={"choices": ["image_question_and_budget", "question_and_budget", "budget"]},
     )
+    heads: str | None = HfArg(
+        default=None,
+        help="How stage 2 scores combinations of its knobs' values: each on its own (joint), or as the sum of a score for each "
+        "value (independent). Default: joint; with results_dir, independent.",
+        metadata={"choices": ["joint", "independent"]},
+    )
+    mask: bool | None = HfArg(
+        default=None,
+        help="Whether settings that are predicted not to fit a request are out, in training and in the table at the end, and the "
+        "controller sees how much of the budget each setting would leave. Default: true; with results_dir, false.",
+    )
     precompute_outcomes: bool = HfArg(
         default=False,
         help="Answer every training sample at every setting before training. The executor then gets large batches of one "
@@ -91,10 +102,21 @@ class TrainArguments(ExecutorArguments, DataArguments):
         default=None,
         help="Folder of executor outcomes; what it holds is not run again. Default: `outcomes` in the output folder.",
     )
+    objective: str | None = HfArg(
+        default=None,
+        help="What is maximised: accuracy_within_budget, or original, the five terms of the original scripts. Default: "
+        "accuracy_within_budget; with results_dir, original.",
+        metadata={"choices": list(OBJECTIVES)},
+    )
+    time_price: float | None = HfArg(
+        default=None,
+        help="With accuracy_within_budget: accuracy that may be given up to save the time of the whole budget (0: none). "
+        f"Default: {DEFAULT_TIME_PRICE}.",
+    )
     reward_funcs: list[str] | None = HfArg(
         default=None,
-        help="Reward functions: names of this package's, or dotted paths of TRL reward functions "
-        "(my_package.rewards.short_answer). `reward_weights` has a weight for each. Default: all of this package's.",
+        help="Reward functions in place of an objective: names of this package's, or dotted paths of TRL reward functions "
+        "(my_package.rewards.short_answer). `reward_weights` has a weight for each.",
     )
     sweep_budget_fractions: list[float] | None = HfArg(
         default=None,
@@ -117,6 +139,8 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
 
     from ..controller import JointControllerConfig, JointControllerModel
     from ..executor import EMBEDDED
+    from ..latency import Guardrail
+    from ..latency.guardrail import TYPICAL_QUANTILE
     from ..latency.latency_estimator import SCOPE_IN_WORDS
     from ..rewards import resolve_rewards, reward_names
     from ..trainer import JointGRPOTrainer
@@ -130,7 +154,11 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
     _check_output_dir(output_dir, resume)
     if original_args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device` is 'cuda', but there is no CUDA device here: give `--device cpu`.")
-    rewards = resolve_rewards(script_args.reward_funcs, training_args.reward_weights)
+    if script_args.reward_funcs is None and script_args.objective is None and original_args.results_dir is not None:
+        script_args.objective = "original"
+    rewards = resolve_rewards(
+        script_args.reward_funcs, training_args.reward_weights, script_args.objective, script_args.time_price
+    )
     training_args.reward_weights = list(rewards.values())
     if script_args.streaming:
         training_args.check_streaming()
@@ -170,6 +198,9 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
     if setup.outcomes_are_known:
         # Outcomes cost nothing to look at: a budget that no setting fits is refused before training.
         baselines = _baselines(script_args, training_args, setup, budgets_ms, rewards)
+    guardrail = None
+    if setup.mask:
+        guardrail = Guardrail(latency_estimator, outcomes.executor, TYPICAL_QUANTILE)
     features = outcomes.features
     sizes = {} if features is None else {name: getattr(features, name) for name in ("question_size", "vision_size")}
     controller = JointControllerModel(
@@ -179,6 +210,9 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
             latency_budget_max_ms=budgets.maximum_ms,
             stage1_inputs=setup.stage1_inputs,
             stage2_inputs=setup.stage2_inputs,
+            heads=setup.heads,
+            sees_slack=setup.mask,
+            training_seed=training_args.seed,
             max_new_tokens=setup.max_new_tokens,
             rewards=reward_names(rewards),
             **sizes,
@@ -194,6 +228,7 @@ def main(script_args: TrainArguments, training_args: JointGRPOConfig, original_a
         eval_dataset=setup.eval_dataset,
         reward_funcs=list(rewards),
         latency_budgets=budgets,
+        guardrail=guardrail,
         callbacks=[MetricsLog(logger)],
     )
     # In place of raw dictionaries between broken progress bars.
@@ -286,18 +321,23 @@ def _baselines(
     rewards: "Mapping[RewardFunction, float]",
 ) -> "list[Policy]":
     from ..data import read_samples, take_rows
+    from ..evaluation.baselines import KnownOutcomes, PredictedLatencies, TrainingOutcomes
     from ..evaluation.sweep import baseline_policies
+    from ..latency import Guardrail
+    from ..latency.guardrail import TYPICAL_QUANTILE
 
+    outcomes, latency_estimator = setup.outcomes, setup.latency_estimator
+    if setup.outcomes_are_known:
+        forecast = KnownOutcomes(outcomes, latency_estimator)
+    else:
+        # Typical latencies, as those that the table at the end judges by.
+        forecast = PredictedLatencies(Guardrail(latency_estimator, outcomes.executor, TYPICAL_QUANTILE))
     logger.info("Trying every static setting on training samples, to find the best one of each budget.")
-    return baseline_policies(
-        setup.outcomes,
-        setup.latency_estimator,
-        read_samples(take_rows(setup.train_dataset, script_args.max_static_samples)),
-        budgets_ms,
-        rewards,
-        training_args.seed,
-        progress=True,
-    )
+    samples = read_samples(take_rows(setup.train_dataset, script_args.max_static_samples))
+    training = TrainingOutcomes.collect(outcomes, latency_estimator, samples, rewards, forecast, progress=True)
+    # Where each is answered on all test samples, some are left to `joint-controller sweep`.
+    names = None if setup.outcomes_are_known else ["full", "static", "static by reward", "fits"]
+    return baseline_policies(training, outcomes.knob_space, budgets_ms, names, forecast, seed=training_args.seed)
 
 
 def _sweep(
@@ -307,18 +347,22 @@ def _sweep(
     baselines: "list[Policy]",
     budgets_ms: Sequence[float],
     rewards: "Mapping[RewardFunction, float]",
-) -> "list[SweepRow]":
+) -> "Dataset":
     from ..data import read_samples
+    from ..evaluation.baselines import FitsPolicy, PredictedLatencies
     from ..evaluation.policies import ControllerPolicy
+    from ..evaluation.request_table import NOT_TRAINED
     from ..evaluation.sweep import sweep_budgets
 
     controller = trainer.accelerator.unwrap_model(trainer.model)
-    features = setup.outcomes.features
-    policies = [
-        ControllerPolicy(controller, features),
-        *baselines,
-        ControllerPolicy(untrained.to(controller.device), features, "untrained"),
-    ]
+    features = trainer.features
+    forecast = next((policy.forecast for policy in baselines if isinstance(policy, FitsPolicy)), None)
+    seed = trainer.args.seed
+    guardrail = forecast.guardrail if isinstance(forecast, PredictedLatencies) and setup.mask else None
+    trained = [ControllerPolicy(controller, features, guardrail=guardrail)]
+    policies = [*trained, *baselines]
+    if setup.outcomes_are_known:
+        policies.append(ControllerPolicy(untrained.to(controller.device), features, "untrained", guardrail))
     logger.info("Evaluating on %d test samples.", len(setup.test_dataset))
     return sweep_budgets(
         policies,
@@ -328,43 +372,66 @@ def _sweep(
         budgets_ms,
         trainer.latency_budgets.full_setting_ms,
         rewards,
+        [seed] * len(trained) + [NOT_TRAINED] * (len(policies) - len(trained)),
+        forecast,
         progress=True,
     )
 
 
-def _report(rows: "list[SweepRow]", output_dir: Path, setup: TrainingSetup, trainer: "JointGRPOTrainer"):
+def _report(requests: "Dataset", output_dir: Path, setup: TrainingSetup, trainer: "JointGRPOTrainer"):
     from rich.console import Console
 
-    from ..evaluation.plots import SWEEP_PICTURE_FILE, plot_sweep
-    from ..evaluation.sweep import (
-        SWEEP_FILE,
-        format_sweep_markdown,
-        format_sweep_table,
+    from ..data import read_samples
+    from ..evaluation.plots import plot_sweep_pictures
+    from ..evaluation.request_table import REQUESTS_FILE, write_request_table
+    from ..evaluation.summary import (
+        format_headline_markdown,
+        format_summary_markdown,
+        format_summary_table,
         mean_over_budgets,
-        sweep_to_dataset,
+        summarize,
+        write_summary,
     )
     from ..latency.latency_estimator import SCOPE_IN_WORDS
     from ..trainer.model_card import format_model_card
 
-    sweep_to_dataset(rows).to_parquet(output_dir / SWEEP_FILE)
-    plot_sweep(rows, output_dir / SWEEP_PICTURE_FILE)
-    policies = list(dict.fromkeys(row.policy for row in rows))
-    mean_rewards = {policy: mean_over_budgets(rows, policy) for policy in policies}
+    write_request_table(requests, output_dir / REQUESTS_FILE)
+    summary = summarize(requests)
+    write_summary(summary, output_dir)
+    # Recorded results may be without images.
+    with_images = [sample for sample in read_samples(setup.test_dataset) if sample.image_id is not None]
+    pictures = plot_sweep_pictures(requests, output_dir, with_images or None)
+    policies = list(dict.fromkeys(summary["policy"]))
+    mean_rewards = {policy: mean_over_budgets(summary, "reward", policy) for policy in policies}
     results = {"eval_reward_mean_over_budgets": mean_rewards, "num_executed": setup.outcomes.num_executed}
     (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    shown = [row for row in rows if row.policy in ("controller", "best static", "full")]
-    for console in (Console(), Console(file=(output_dir / LOG_FILE).open("a", encoding="utf-8"), width=160)):
-        console.print(format_sweep_table(shown, f"{rows[0].num_samples} test samples by latency budget"))
-        console.print(
-            "Mean reward over budgets: " + ", ".join(f"{name} {value:.3f}" for name, value in mean_rewards.items())
-        )
+    title = f"{summary[0]['num_samples']} test samples by latency budget"
+    shown = ["controller", "static", "full"]
+    with (output_dir / LOG_FILE).open("a", encoding="utf-8") as log:
+        for console in (Console(), Console(file=log, width=160)):
+            console.print(format_summary_table(summary, title, shown))
+            console.print(
+                "Accuracy ± half of its 95 % interval. static: the most accurate fixed setting that keeps the budget. saved: of its "
+                "mean latency.",
+                highlight=False,
+            )
+            console.print(
+                "Mean reward over budgets: " + ", ".join(f"{name} {value:.3f}" for name, value in mean_rewards.items())
+            )
+    shown_pictures = "\n".join(
+        f"![{Path(picture).stem.replace('_', ' ')}]({Path(picture).relative_to(output_dir).as_posix()})"
+        for picture in pictures
+        if Path(picture).suffix == ".png"
+    )
     trainer.model_card = format_model_card(
         setup.outcomes.knob_space,
         setup.source,
         setup.dataset_names,
         f"those of {SCOPE_IN_WORDS[setup.latency_estimator.latency_scope]}, {setup.latencies}",
-        f"The best static setting of each budget was chosen on training samples.\n\n{format_sweep_markdown(rows)}\n\n"
-        f"![Accuracy against mean latency]({SWEEP_PICTURE_FILE})",
+        "`static` is the fixed setting with the best accuracy on training samples among those that exceed the budget on at most "
+        "1 % of them. Accuracy within the budget, and the latency at which `static` would be as accurate:\n\n"
+        f"{format_headline_markdown(summary)}\n\n"
+        f"All policies, with 95 % intervals over images:\n\n{format_summary_markdown(summary)}\n\n{shown_pictures}",
     )
     trainer.create_model_card()
     logger.info("Controller, log, outcomes and sweep are in %s.", output_dir)

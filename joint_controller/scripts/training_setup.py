@@ -43,6 +43,8 @@ class TrainingSetup:
     test_dataset: Dataset
     stage1_inputs: str  # as in `JointControllerConfig`
     stage2_inputs: str
+    heads: str
+    mask: bool  # whether only settings are chosen that are predicted to fit
     source: str  # what the outcomes come from, in words
     dataset_names: list[str]
     latencies: str = "estimated"  # where they come from, in words
@@ -63,7 +65,9 @@ def set_up_from_executor(
     output_dir = Path(training_args.output_dir)
     executor = load_executor_from(args, device="cpu" if training_args.use_cpu else None)
     skipped_rows = open_skipped_rows(args, output_dir)
-    train_dataset, eval_dataset, test_dataset = load_data_splits(args, training_args.seed, skipped_rows)
+    # Trainings with other seeds can share their samples, and so be compared.
+    data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    train_dataset, eval_dataset, test_dataset = load_data_splits(args, data_seed, skipped_rows)
     open_output_dir()
     logger.info(
         "Executor %s on %s: %d settings. Samples: %s train, %d validation, %d test.",
@@ -92,6 +96,8 @@ def set_up_from_executor(
         test_dataset=test_dataset,
         stage1_inputs=args.stage1_inputs or "question_and_budget",
         stage2_inputs=args.stage2_inputs or "image_question_and_budget",
+        heads=args.heads or "joint",
+        mask=args.mask is not False,
         source=f"`{args.model_path}`",
         dataset_names=args.dataset_names,
         max_new_tokens=executor.max_new_tokens,

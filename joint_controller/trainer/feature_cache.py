@@ -75,5 +75,8 @@ class CachedFeatures:
         )
 
     def vision_features(self, requests: Sequence[ExecutorRequest]) -> torch.Tensor:
-        keys = [(one.sample_id, *(one.setting[name] for name in self._stage1_names)) for one in requests]
+        # An image has the same features whatever is asked about it.
+        keys = [
+            (one.image_id or one.sample_id, *(one.setting[name] for name in self._stage1_names)) for one in requests
+        ]
         return self._images.lookup(keys, lambda rows: self._source.vision_features([requests[row] for row in rows]))

@@ -9,7 +9,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import GRPOConfig
 
 from ..rewards import DEFAULT_REWARDS
+from .losses import LOSSES
 
+
+ENTROPY_COEFS = {"grpo": 0.1, "expected": 0.01}
+"""Defaults by loss: advantages are divided by their standard deviation, expected rewards are not."""
 
 # Fields of `GRPOConfig` that mean something to a policy that takes a few decisions, sampled from a softmax by the trainer
 # itself. All others steer text generation or language models: another value than their default would be ignored, so it is
@@ -57,6 +61,19 @@ class JointGRPOConfig(GRPOConfig):
             Highest training budget, as a fraction of the full setting's estimated latency. Defaults to `1.0` where no
             budgets in ms are given.
 
+        > Parameters that control the loss
+
+        loss (`str`, *optional*, defaults to `"grpo"`):
+            How the controller learns. `"grpo"` samples settings. The others take the outcomes of each training sample at all
+            settings, and answer those that are not known before training begins: `"expected"` maximises the expected
+            reward, whose gradient is then exact; `"supervised"` is the cross-entropy to the best setting; `"regression"`
+            predicts the reward of each setting, of which the best is taken.
+        shrinkage (`float`, *optional*, defaults to `0.0`):
+            How far the accuracies of training samples are moved towards the mean of all training samples at the same setting:
+            from 0 to 1, by the losses other than `"grpo"`. That one question was answered at a small setting may be chance.
+            With few questions a controller learns such chances by heart; with shrinkage it stays nearer to the best fixed
+            setting.
+
         > Parameters that control checkpoints
 
         save_every_n_epochs (`int`, *optional*):
@@ -75,7 +92,7 @@ class JointGRPOConfig(GRPOConfig):
     > scratch and takes a few decisions:
     > - `learning_rate`: Defaults to `2e-3` instead of `1e-6`.
     > - `scale_rewards`: Defaults to `"batch"` instead of `"group"`.
-    > - `entropy_coef`: Defaults to `0.1` instead of `0.0`.
+    > - `entropy_coef`: Defaults to `0.1`, and to `0.01` with the loss `"expected"`, instead of `0.0`.
     > - `max_completion_length`: Is the number of knobs.
     > - `num_generations_eval`: Defaults to `1`: evaluation takes the likeliest setting.
     > - `reward_weights`: Defaults to those of [`~joint_controller.rewards.DEFAULT_REWARDS`] instead of ones.
@@ -97,10 +114,11 @@ class JointGRPOConfig(GRPOConfig):
         "'none'. By the group's own, a group whose settings are worth nearly the same counts as much as one where "
         "the setting decides, and the controller stops exploring early.",
     )
-    entropy_coef: float = HfArg(
-        default=0.1,
+    entropy_coef: float | None = HfArg(
+        default=None,
         help="Coefficient of the entropy bonus. Without it, the first steps, in which most settings violate the budget, "
-        "drive the controller to the cheapest setting for good.",
+        "drive the controller to the cheapest setting for good, and later ones to a setting that was right by chance. "
+        "Default: " + ", ".join(f"{value} with the loss {name}" for name, value in ENTROPY_COEFS.items()) + ".",
     )
     max_completion_length: int | None = HfArg(
         default=None, help="Decisions of the controller: the number of knobs, which the trainer fills in."
@@ -160,6 +178,20 @@ class JointGRPOConfig(GRPOConfig):
         "are given.",
     )
 
+    # Parameters that control the loss
+    loss: str = HfArg(
+        default="grpo",
+        help="How the controller learns: 'grpo' samples settings; the others need all outcomes of the training samples, and "
+        "answer those that are not known first: 'expected' maximises the expected reward by its exact gradient, 'supervised' "
+        "imitates the best setting, 'regression' predicts the reward of each setting.",
+        metadata={"choices": list(LOSSES)},
+    )
+    shrinkage: float = HfArg(
+        default=0.0,
+        help="How far the accuracies of training samples are moved towards the mean of all training samples at the same setting, "
+        "from 0 to 1: the fewer samples, the more is chance. Not with the loss 'grpo'.",
+    )
+
     # Parameters that control checkpoints
     save_every_n_epochs: int | None = HfArg(
         default=None,
@@ -176,13 +208,32 @@ class JointGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        if self.entropy_coef is None:
+            self.entropy_coef = ENTROPY_COEFS.get(self.loss, 0.0)
         super().__post_init__()
         if self.gradient_checkpointing is None:  # as older releases of transformers leave what is not set
             self.gradient_checkpointing = False
         self._check_latency_budgets()
         self._check_checkpoints()
         self._check_numbers()
+        self._check_loss()
         self._check_text_fields()
+
+    def _check_loss(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"`loss` is '{self.loss}': choose from {', '.join(map(repr, LOSSES))}.")
+        if self.loss != "grpo" and self.beta != 0.0:
+            raise ValueError(
+                f"`beta` is {self.beta}, but only the loss 'grpo' is held near a reference: leave it at 0."
+            )
+
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"`shrinkage` is {self.shrinkage}: give a number from 0 to 1.")
+        if self.shrinkage and self.loss == "grpo":
+            raise ValueError(
+                "`shrinkage` needs the outcomes of all training samples, and the loss 'grpo' does not: leave it at 0, or choose "
+                "another loss."
+            )
 
     def _check_numbers(self):
         if not 0 <= self.stage1_lr_ratio < math.inf:
@@ -221,6 +272,11 @@ class JointGRPOConfig(GRPOConfig):
         Raises:
             ValueError: If `max_steps` is not set, or something is to be done at the end of epochs.
         """
+        if self.loss != "grpo":
+            raise ValueError(
+                f"`loss` is '{self.loss}', which looks at all training samples before it begins: set it to 'grpo' to train on a "
+                "stream, or leave `streaming` out."
+            )
         if self.max_steps <= 0:
             raise ValueError("the length of a stream is unknown: set `max_steps` to say how long to train on it.")
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -262,7 +318,10 @@ class JointGRPOConfig(GRPOConfig):
                     )
         # Rollouts that were made but not yet trained on are not part of a checkpoint: an exact resume needs checkpoints
         # where the next step rolls out anew. Epochs always end there.
-        generate_every = self.steps_per_generation * self.num_iterations  # in forward and backward passes
+        if self.loss != "grpo":
+            generate_every = 1  # nothing is rolled out
+        else:
+            generate_every = self.steps_per_generation * self.num_iterations  # in forward and backward passes
         accumulation = self.gradient_accumulation_steps
         saves_by_step = self.save_strategy in (SaveStrategy.STEPS, SaveStrategy.BEST)
         steps_field = "save_steps" if self.save_strategy == SaveStrategy.STEPS else "eval_steps"

@@ -11,6 +11,8 @@ What this trainer does differently from [`~trl.GRPOTrainer`] is in overrides of 
   (`get_train_dataloader`, `get_eval_dataloader`), and training ends where it should (`train`, `_run_epoch`).
 - Optimisation: the stages have learning rates of their own (`create_optimizer`).
 - The card is this package's (`create_model_card`).
+- Where all outcomes of the training samples are known, nothing needs to be sampled: other losses than GRPO's train on all
+  settings at once (`_prepare_inputs`, `_compute_loss`, `get_train_dataloader`).
 """
 
 import copy
@@ -30,12 +32,12 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
-from ..controller import BatchController, JointControllerModel
+from ..controller import BatchController, JointControllerModel, JointControllerOutput, knob_log_probs
 from ..data import Sample
 from ..decisions import decide
 from ..executor import ExecutorRequest
 from ..knobs import KnobSetting, build_action_tokenizer
-from ..latency import LatencyEstimator
+from ..latency import FitCache, Guardrail, LatencyEstimator
 from ..outcomes import OutcomeSource
 from ..rewards import RewardFunction, resolve_rewards, reward_columns
 from .checkpoints import last_complete_checkpoint
@@ -44,7 +46,9 @@ from .epoch_checkpoints import EpochCheckpoints
 from .feature_cache import CachedFeatures
 from .joint_grpo_config import JointGRPOConfig
 from .latency_budgets import LatencyBudgetRange, resolve_latency_budgets
+from .losses import EXACT_LOSSES
 from .model_card import format_model_card
+from .outcome_table import OutcomeTable, possible_settings
 
 
 logger = logging.get_logger(__name__)
@@ -75,8 +79,8 @@ class Rollout:
             The same, decoded.
         policy_inputs (`dict[str, torch.Tensor]`):
             What scoring the decisions again needs: `question_features` (n, question_size), `latency_budget_ms` (n,),
-            `vision_features` (n, vision_size) as stage 1 decided, and `actions` (n, knobs), the positions of the values
-            taken.
+            `vision_features` (n, vision_size) as stage 1 decided, `first` and `second` (n,), what the stages chose, and
+            with a guardrail `fits` and `slack` (n, settings).
         metrics (`dict[str, float]`):
             Means over the rows of all processes.
     """
@@ -154,11 +158,14 @@ class JointGRPOTrainer(GRPOTrainer):
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Samples to evaluate on.
         reward_funcs (`list[Callable]`, *optional*):
-            TRL reward functions, which are given what [`~joint_controller.rewards.reward_columns`] lists. Defaults to the five
-            of [`joint_controller.rewards`]. `args.reward_weights` has one value for each, or is filled in.
+            TRL reward functions, which are given what [`~joint_controller.rewards.reward_columns`] lists. Defaults to those of
+            `joint_controller.rewards.DEFAULT_REWARDS`. `args.reward_weights` has one value for each, or is filled in.
         latency_budgets ([`LatencyBudgetRange`], *optional*):
             Budgets to train under, if they are resolved already. By default what
             [`~trainer.resolve_latency_budgets`] makes of `args`.
+        guardrail ([`~latency.Guardrail`], *optional*):
+            Says which settings fit a request: the others are not chosen, neither in training nor in evaluation, and the
+            controller sees how much of the budget each would leave. By default all can be chosen.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks besides the default ones.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -168,6 +175,8 @@ class JointGRPOTrainer(GRPOTrainer):
     Attributes:
         evaluation_decisions (`list[tuple[float, KnobSetting]]`):
             Budget in ms and setting of each request of the last evaluation, in this process.
+        features ([`FeatureSource`] or `None`):
+            Gives what the controller sees of questions and images, and keeps it.
         model_card (`str`):
             The README that is written with the controller when it is pushed to the Hub. May be set, once there are results
             to show.
@@ -189,6 +198,7 @@ class JointGRPOTrainer(GRPOTrainer):
         eval_dataset: Dataset | None = None,
         reward_funcs: Sequence[RewardFunction] | None = None,
         latency_budgets: LatencyBudgetRange | None = None,
+        guardrail: Guardrail | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
@@ -196,6 +206,14 @@ class JointGRPOTrainer(GRPOTrainer):
         self.model_card = format_model_card(model.knob_space)
         self.latency_estimator = latency_estimator
         self.knob_space = model.knob_space
+        self._stage_table = model.table
+        if model.config.sees_slack and guardrail is None:
+            raise ValueError(
+                "the controller sees what fits a request, but nothing predicts it: give `guardrail`, or make the controller "
+                "with `sees_slack=False`."
+            )
+        self._fits = None if guardrail is None else FitCache(guardrail)
+        self._table: OutcomeTable | None = None
         self._check_controller(model)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
@@ -222,12 +240,16 @@ class JointGRPOTrainer(GRPOTrainer):
         rewards = resolve_rewards(None, args.reward_weights) if reward_funcs is None else dict.fromkeys(reward_funcs)
         if reward_funcs is None:
             args.reward_weights = list(rewards.values())
+        self._rewards = dict(zip(rewards, args.reward_weights or [1.0] * len(rewards), strict=True))
         # Where the actions of each knob begin among all.
         sizes = torch.tensor(self.knob_space.sizes)
         self._first_action = sizes.cumsum(0) - sizes
+        # Where each knob is among those of stage 1 and then stage 2.
+        decided = [*self.knob_space.decided_by(1), *self.knob_space.decided_by(2)]
+        self._decided_at = [decided.index(knob) for knob in range(len(decided))]
         tokenizer = build_action_tokenizer(self.knob_space)
         self._action_token_ids = torch.tensor(tokenizer.convert_tokens_to_ids(self.knob_space.action_tokens()))
-        self._features = None if outcomes.features is None else CachedFeatures(outcomes.features, self.knob_space)
+        self.features = None if outcomes.features is None else CachedFeatures(outcomes.features, self.knob_space)
         self._rollout: Rollout | None = None
         self._policy_inputs: dict[str, torch.Tensor] | None = None
         self.evaluation_decisions: list[tuple[float, KnobSetting]] = []
@@ -293,6 +315,15 @@ class JointGRPOTrainer(GRPOTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_train_dataloader(self):
+        if self.args.loss != "grpo":
+            # Positions in the table: what is trained on is there already.
+            return self._get_dataloader(
+                dataset=Dataset.from_dict({"row": range(len(self.train_dataset))}),
+                description="Training",
+                batch_size=self._train_batch_size,
+                sampler_fn=self._get_train_sampler,
+                is_training=True,
+            )
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         # As TRL has it, but that epochs follow each other within the stream: to transformers, which cannot know where the
@@ -314,6 +345,14 @@ class JointGRPOTrainer(GRPOTrainer):
         )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        if self.args.loss != "grpo":
+            return EpochRepeatSampler(
+                epoch=self._current_epoch,
+                data_source=dataset,
+                mini_repeat_count=1,
+                shuffle=self.shuffle_dataset,
+                seed=self.args.seed,
+            )
         return EpochRepeatSampler(
             epoch=self._current_epoch,
             data_source=self.train_dataset if dataset is None else dataset,
@@ -394,7 +433,11 @@ class JointGRPOTrainer(GRPOTrainer):
         latency_budget_ms = torch.tensor(budgets, device=device)
         chooser = BatchController(self.model, self._draw_noise(samples, epoch) if training else None, self.temperature)
         requests = [ExecutorRequest.of(sample, self.knob_space.cheapest) for sample in samples]
-        decisions = decide(chooser, self._features, requests, latency_budget_ms)
+        typical_budget_ms, fit = latency_budget_ms, None
+        if self._fits is not None:
+            typical_budget_ms, fit = self._fits.fit(samples, latency_budget_ms.cpu())
+            typical_budget_ms, fit = typical_budget_ms.to(device), fit.to(device)
+        decisions = decide(chooser, self.features, requests, typical_budget_ms, fit)
         outcomes = self.outcomes.collect_together(samples, decisions.settings)
         latency_ms = self.latency_estimator.latency_ms(outcomes)
         columns = reward_columns(self.knob_space, samples, outcomes, latency_ms.tolist(), budgets)
@@ -405,24 +448,29 @@ class JointGRPOTrainer(GRPOTrainer):
         if not training:
             self.evaluation_decisions += zip(budgets, decisions.settings, strict=True)
         accuracy = torch.tensor([outcome.accuracy for outcome in outcomes])
-        action_index = decisions.actions.cpu() + self._first_action  # (n, knobs), positions among all action tokens
+        values = self._stage_table.setting_values[decisions.positions]  # (n, knobs)
+        action_index = values + self._first_action  # positions among all action tokens
+        policy_inputs = {
+            "question_features": decisions.question_features,
+            "latency_budget_ms": typical_budget_ms,
+            "vision_features": decisions.vision_features,
+            "first": decisions.first,
+            "second": decisions.second,
+        }
+        if fit is not None:
+            policy_inputs.update(fits=fit.fits, slack=fit.slack)
         return Rollout(
             rows=rows,
             completion_ids=self._action_token_ids[action_index].tolist(),
             completions=[str(setting) for setting in decisions.settings],
-            policy_inputs={
-                "question_features": decisions.question_features,
-                "latency_budget_ms": latency_budget_ms,
-                "vision_features": decisions.vision_features,
-                "actions": decisions.actions,
-            },
+            policy_inputs=policy_inputs,
             metrics=self._rollout_metrics(accuracy, latency_ms, torch.tensor(budgets), action_index),
         )
 
     def _draw_noise(self, samples: list[Sample], epoch: int) -> torch.Tensor:
-        num_logits = sum(self.knob_space.sizes)
+        num_choices = sum(self._stage_table.num_choices)
         noise_of = {
-            sample_id: draw_action_noise(self.args.seed, epoch, sample_id, self.num_generations, num_logits)
+            sample_id: draw_action_noise(self.args.seed, epoch, sample_id, self.num_generations, num_choices)
             for sample_id in {sample["sample_id"] for sample in samples}
         }
         # Groups follow each other through the rows of all processes, and may be cut where one process's rows end.
@@ -457,20 +505,100 @@ class JointGRPOTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Log-probabilities and entropies of the decisions, (n, knobs) each. The token ids are not looked at."""
-        actions = self._policy_inputs["actions"]
+        """
+        Log-probabilities and entropies of the decisions, (n, knobs) each: those of a stage's choice, by the chain rule over
+        its knobs. The token ids are not looked at.
+        """
+        inputs = {name: values for name, values in self._policy_inputs.items() if name != "second"}
         with self.accelerator.autocast():
-            outputs = model(**self._policy_inputs)
+            outputs = model(**inputs)
+        table = self._stage_table
         logps, entropies = [], []
-        for knob, logits in enumerate(outputs.logits):
-            log_probs = (logits.float() / self.temperature).log_softmax(-1)
-            logps.append(log_probs.gather(-1, actions[:, knob, None]))
-            entropies.append(-(log_probs.exp() * log_probs).sum(-1, keepdim=True))
-        return torch.cat(logps, dim=-1), torch.cat(entropies, dim=-1) if compute_entropy else None, None
+        chosen = (self._policy_inputs["first"], self._policy_inputs["second"])
+        for stage, scores in enumerate((outputs.stage1_scores, outputs.stage2_scores)):
+            log_probs = (scores.float() / self.temperature).log_softmax(-1)
+            values = table.values[stage].to(scores.device)[chosen[stage]]
+            of_stage = knob_log_probs(log_probs, table.sizes[stage], values)
+            logps += of_stage[0]
+            entropies += of_stage[1]
+        logps = torch.stack(logps, dim=-1)[:, self._decided_at]
+        return logps, torch.stack(entropies, dim=-1)[:, self._decided_at] if compute_entropy else None, None
 
     def _compute_loss(self, model, inputs):
+        if self.args.loss != "grpo" and self.model.training:
+            return self._exact_loss(model, inputs)
         self._policy_inputs = {name: inputs[name] for name in self._rollout.policy_inputs}
         return super()._compute_loss(model, inputs)
+
+    # With all outcomes known
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
+        if self.args.loss == "grpo" or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        rows = [row["row"] for row in generation_batch]
+        epoch = self._current_epoch()
+        table, device = self._table, self.accelerator.device
+        budgets = [
+            draw_budget(
+                self.args.seed,
+                epoch,
+                table.samples[row]["sample_id"],
+                self.latency_budgets.minimum_ms,
+                self.latency_budgets.maximum_ms,
+            )
+            for row in rows
+        ]
+        latency_budget_ms = torch.tensor(budgets)
+        inputs = {
+            "rewards": table.rewards(rows, latency_budget_ms, self._rewards),
+            "accuracy": table.accuracy[rows],
+            "latency_ms": table.latency_ms[rows],
+            "clock_budget_ms": latency_budget_ms,
+            "latency_budget_ms": latency_budget_ms,
+        }
+        if self._fits is not None:
+            typical_budget_ms, fit = self._fits.guardrail.fit(table.typical_ms[rows], latency_budget_ms)
+            inputs.update(latency_budget_ms=typical_budget_ms, fits=fit.fits, slack=fit.slack)
+        for name in ("question_features", "vision_features"):
+            features = getattr(table, name)
+            if features is not None:
+                inputs[name] = features[rows]
+        return {name: values.to(device) for name, values in inputs.items()}
+
+    def _exact_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = ("latency_budget_ms", "question_features", "vision_features", "fits", "slack")
+        with self.accelerator.autocast():
+            outputs: JointControllerOutput = model(**{name: inputs[name] for name in given if name in inputs})
+        positions = self._stage_table.positions.to(outputs.stage1_scores.device)
+        rewards = inputs["rewards"]
+        allowed = rewards.isfinite()
+        if "fits" in inputs:
+            allowed = allowed & inputs["fits"]
+        loss, probs = EXACT_LOSSES[self.args.loss](
+            outputs.stage1_scores.float(),
+            outputs.stage2_scores.float(),
+            rewards[:, positions],
+            inputs["latency_ms"][:, positions],
+            allowed[:, positions],
+            self.args.entropy_coef,
+        )
+        with torch.no_grad():
+            latency_ms = inputs["latency_ms"]
+            columns = {
+                "reward": rewards,
+                "accuracy": inputs["accuracy"],
+                "latency_ms": latency_ms,
+                "budget_violation_rate": (latency_ms > inputs["clock_budget_ms"][:, None]).float(),
+            }
+            means = [
+                (probs * values[:, positions].masked_fill(probs == 0, 0.0)).sum(dim=(1, 2)).mean()
+                for values in columns.values()
+            ]
+            entropy = torch.special.entr(probs).sum(dim=(1, 2)).mean()
+            means = self.accelerator.gather(torch.stack([*means, entropy])[None]).mean(0).tolist()
+        for name, value in zip((*columns, "entropy"), means, strict=True):
+            self._metrics["train"][name].append(value)
+        return loss / self.current_gradient_accumulation_steps
 
     # Optimisation
 
@@ -519,7 +647,32 @@ class JointGRPOTrainer(GRPOTrainer):
                 logger.warning(
                     f"no complete checkpoint in '{self.args.output_dir}' to resume from: training from the first step."
                 )
+        if self.args.loss != "grpo" and self._table is None:
+            self._table = self._read_table()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _read_table(self) -> OutcomeTable:
+        samples = [Sample(row) for row in self.train_dataset]
+        state, highest_ms = self.accelerator, self.latency_budgets.maximum_ms
+        if state.num_processes > 1:
+            # Each process answers its share of what is missing, then all know everything.
+            share = samples[state.process_index :: state.num_processes]
+            rows, columns = possible_settings(self.knob_space, share, self._fits, highest_ms)
+            settings = [self.knob_space.settings[column] for column in columns]
+            self.outcomes.collect([share[row] for row in rows], settings, progress=state.is_main_process)
+            state.wait_for_everyone()
+            self.outcomes.reload()
+        return OutcomeTable(
+            self.outcomes,
+            self.latency_estimator,
+            samples,
+            state.unwrap_model(self.model),
+            self.features,
+            self._fits,
+            highest_ms,
+            self.args.shrinkage,
+            progress=state.is_main_process,
+        )
 
     def _run_epoch(self, *args, **kwargs):
         # transformers would take one step more when a run that had ended inside an epoch is resumed.

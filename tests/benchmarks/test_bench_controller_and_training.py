@@ -24,6 +24,7 @@ def test_the_controller_is_timed_beside_its_modules(tmp_path, capsys):
     assert f"of the full setting's {results['full_setting_ms']:.1f} ms" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_runs_the_executor_for_what_is_not_known(tmp_path, capsys):
     path = tmp_path / "training.json"
     assert main(["bench", "training", *SMALL, "--device", "cpu", "--json", str(path)]) == 0
@@ -36,6 +37,7 @@ def test_training_runs_the_executor_for_what_is_not_known(tmp_path, capsys):
     assert "2 rollouts of 16 rows" in out and "train_runtime" not in out
 
 
+@pytest.mark.slow
 def test_training_with_random_weights_asks_about_photographs_and_less_of_the_modules(tmp_path, monkeypatch):
     # Sizes that an estimator ships for, and that a CPU can run.
     monkeypatch.setitem(RANDOM_CONFIGS, "small", lambda: MolmoConfig.from_pretrained(embedded_executor_path()))

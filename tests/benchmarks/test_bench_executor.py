@@ -9,6 +9,7 @@ from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.request_path import RequestPath
 
 
+@pytest.mark.slow
 def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
     path = tmp_path / "new" / "results.json"
     arguments = BenchExecutorArguments(
@@ -45,6 +46,7 @@ def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
     assert "batched answering" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_batches_are_compared_with_answers_of_as_many_tokens(monkeypatch):
     answered, timed = {}, {}
     run, time_request = MolmoExecutor.run, RequestPath.time

@@ -9,7 +9,7 @@ from formula_world import make_collector, make_dataset, make_trainer
 from pages import DOCS, code_blocks
 
 from joint_controller.data import read_samples
-from joint_controller.evaluation.policies import StaticPolicy
+from joint_controller.evaluation.baselines import StaticPolicy
 from joint_controller.evaluation.sweep import sweep_budgets
 from joint_controller.rewards import resolve_rewards, reward_names, total_reward
 
@@ -51,6 +51,6 @@ def test_training_and_sweep_take_it(recipe, tmp_path):
     outcomes = make_collector()
     samples = read_samples(make_dataset(8, "test"))
     full = StaticPolicy(outcomes.knob_space.full, "full")
-    [row] = sweep_budgets([full], outcomes, trainer.latency_estimator, samples, [30.0], 30.0, rewards)
+    requests = sweep_budgets([full], outcomes, trainer.latency_estimator, samples, [30.0], 30.0, rewards)
     # Within the budget, every answer right and of one word.
-    assert row.reward == pytest.approx(1.02), json.dumps(recipe)
+    assert requests["reward"][:] == pytest.approx([1.02] * 8), json.dumps(recipe)

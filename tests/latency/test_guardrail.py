@@ -1,5 +1,6 @@
 """The guardrail against the latency of every setting, predicted one by one from what the executor encodes."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from joint_controller import KnobSetting, LatencyEstimatorConfig, LatencyEstimatorModel
 from joint_controller.executor import ExecutorRequest
-from joint_controller.latency import Guardrail, RecordedLatencies, settings_that_fit
+from joint_controller.latency import FitCache, Guardrail, RecordedLatencies
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.molmo.knob_space import build_knob_space
 
@@ -69,18 +70,73 @@ def test_latencies_are_those_of_every_setting_of_the_encoded_request(executor, e
 
 
 def test_what_fits_is_what_is_predicted_below_the_budget(executor, estimator):
-    latency_ms = Guardrail(estimator, executor).predict_latency_ms(make_requests())
-    budget = latency_ms[0].median().item()
-    fits, fits_budget = settings_that_fit(latency_ms, budget)
-    assert torch.equal(fits, latency_ms <= budget)
-    assert fits_budget.all() and 0 < fits.double().mean() < 1
+    guardrail = Guardrail(estimator, executor)
+    requests = make_requests()
+    upper_ms, typical_ms = guardrail.predict_latency_ms(requests), guardrail.typical_ms(requests)
+    torch.testing.assert_close(upper_ms, QUANTILES["0.95"] * typical_ms)
+    # Between two latencies, so that rounding plays no part.
+    budget = upper_ms[0].sort().values[len(SPACE) // 2 - 1 :][:2].mean().item()
+    typical_budget_ms, fit = guardrail.fit(typical_ms, budget)
+    assert typical_budget_ms == pytest.approx(budget / QUANTILES["0.95"])
+    assert torch.equal(fit.fits, upper_ms <= budget)
+    assert fit.fits_budget.all() and 0 < fit.fits.double().mean() < 1
+    torch.testing.assert_close(fit.slack, (1 - upper_ms / budget).clamp(-1, 1))
     # A budget that not even the cheapest setting of some requests keeps.
-    cheapest = latency_ms[:, SPACE.index(SPACE.cheapest)]
-    assert (cheapest == latency_ms.amin(1)).all()
-    fits, fits_budget = settings_that_fit(latency_ms, cheapest.median().item())
-    assert fits_budget.tolist() == (cheapest <= cheapest.median()).tolist() and not fits_budget.all()
-    for mask in fits[~fits_budget]:
+    cheapest = upper_ms[:, SPACE.index(SPACE.cheapest)]
+    assert (cheapest == upper_ms.amin(1)).all()
+    budgets = torch.full((len(requests),), cheapest.median().item() * 1.0001)
+    typical_budgets_ms, fit = guardrail.fit(typical_ms, budgets)
+    torch.testing.assert_close(typical_budgets_ms, budgets / QUANTILES["0.95"])
+    assert fit.fits_budget.tolist() == (cheapest <= cheapest.median()).tolist() and not fit.fits_budget.all()
+    for mask in fit.fits[~fit.fits_budget]:
         assert mask.nonzero().tolist() == [[SPACE.index(SPACE.cheapest)]]
+
+
+def test_another_ratio_than_its_own_decides_where_it_is_given(executor, estimator):
+    """As a tracker of the machine's drift gives it."""
+    guardrail = Guardrail(estimator, executor)
+    typical_ms = guardrail.typical_ms(make_requests())
+    budget = 3 * typical_ms[0].median().item()
+    typical_budget_ms, fit = guardrail.fit(typical_ms, budget, upper_ratio=2.0)
+    assert typical_budget_ms == budget / 2
+    assert torch.equal(fit.fits_budget, (2 * typical_ms <= budget).any(1))
+    assert torch.equal(fit.fits[fit.fits_budget], (2 * typical_ms <= budget)[fit.fits_budget])
+
+
+def test_the_typical_quantile_needs_no_fitted_one(executor, estimator):
+    config = LatencyEstimatorConfig(**{**estimator.config.to_dict(), "upper_quantiles": None})
+    without = LatencyEstimatorModel(config)
+    without.load_state_dict(estimator.state_dict())
+    guardrail, requests = Guardrail(without, executor, 0.5), make_requests()
+    assert guardrail.upper_ratio == 1.0
+    typical_ms = guardrail.typical_ms(requests)
+    assert torch.equal(guardrail.predict_latency_ms(requests), typical_ms)
+    budget = typical_ms[0].median().item()
+    assert torch.equal(guardrail.fit(typical_ms, budget)[1].fits[0], typical_ms[0] <= budget)
+
+
+def as_samples(requests):
+    return [
+        {"sample_id": one.sample_id, "image": one.load_image(), "question": one.question, "style": one.style}
+        for one in requests
+    ]
+
+
+def test_samples_are_predicted_once_whatever_their_budgets(executor, estimator, monkeypatch):
+    requests = make_requests()
+    guardrail, predicted = Guardrail(estimator, executor), []
+    expected = guardrail.typical_ms(requests)
+    typical_ms = Guardrail.typical_ms
+    monkeypatch.setattr(Guardrail, "typical_ms", lambda self, rows: predicted.extend(rows) or typical_ms(self, rows))
+    samples, cache = as_samples(requests), FitCache(guardrail)
+    torch.testing.assert_close(cache.typical_ms(samples[:3]), expected[:3])
+    order = [4, 0, 2, 0]
+    torch.testing.assert_close(cache.typical_ms([samples[row] for row in order]), expected[order])
+    budgets = torch.linspace(1.0, 2.0, len(samples)) * expected.median()
+    found, fit = cache.fit(samples, budgets)
+    torch.testing.assert_close(found, budgets / QUANTILES["0.95"])
+    assert torch.equal(fit.fits, guardrail.fit(cache.typical_ms(samples), budgets)[1].fits)
+    assert sorted(one.sample_id for one in predicted) == sorted(one.sample_id for one in requests)
 
 
 @pytest.mark.slow
@@ -90,7 +146,7 @@ def test_one_request_takes_no_time(executor, estimator):
     seconds = []
     for _ in range(100):
         started = time.perf_counter()
-        settings_that_fit(guardrail.predict_latency_ms(request), 10.0)
+        guardrail.fit(guardrail.typical_ms(request), 10.0)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.0005
 
@@ -122,4 +178,10 @@ def test_without_a_quantile_latencies_are_predicted_and_nothing_is_promised(exec
             assert prediction.typical_ms(0, number, output_tokens) == pytest.approx(expected, rel=1e-6)
     assert (guardrail.predict_latency_ms([request]) == 0).all()
     too_long = replace(request, question="star " * 1000)
-    assert guardrail.predict_latency_ms([too_long]).isinf().all()
+    assert guardrail.typical_ms([too_long]).isinf().all()
+    # Budgets are those of typical latencies, and what does not keep them is only told apart.
+    typical_ms = guardrail.typical_ms([request, too_long])
+    budget_ms, fit = guardrail.fit(typical_ms, typical_ms[0].median().item())
+    assert budget_ms == typical_ms[0].median().item() and fit.fits[0].all()
+    assert fit.fits[1].nonzero().tolist() == [[0]] and fit.fits_budget.tolist() == [True, False]
+    assert (fit.slack[0] < 0).any() and (fit.slack[1] == -1).all() and math.isfinite(fit.slack.sum())

@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize("module", ["latency", "pipeline"])
+@pytest.mark.slow
 def test_nothing_that_draws_is_imported(module):
     code = f"import sys, joint_controller.{module}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

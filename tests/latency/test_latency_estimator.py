@@ -163,6 +163,7 @@ def test_noiseless_measurements_give_back_the_true_coefficients(fitted):
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_noiseless_profile_is_predicted_exactly():
     _, report = fit_latency_estimator(make_profile(noise=0.0, num_inputs=4), num_folds=2, num_units=4)
     assert report["prefill"]["mape"] < 2e-3 and report["decode"]["mape"] < 2e-3 and report["decode"]["r2"] > 0.9999
@@ -396,6 +397,7 @@ def test_stages_add_up_to_the_latency(fitted):
         assert stage_ms["vision"][row].item() == pytest.approx(true_ms[0], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_scope_of_the_model_is_what_a_profile_of_the_model_gives(fitted, tmp_path):
     """Stages are fitted one by one, so that a fit that knows no others is an independent reference."""
     alone, report = fit_latency_estimator(make_profile(latency_scope="model"), num_folds=2)
@@ -482,6 +484,7 @@ def test_columns_that_explain_the_same_share_out_what_they_explain():
     assert (features @ found).tolist() == pytest.approx((2 + 0.5 * tokens).tolist())
 
 
+@pytest.mark.slow
 def test_a_knob_with_one_value_can_be_fitted():
     space = SPACE.restrict({"top_k": (4,)})
     model, report = fit_latency_estimator(make_profile(space=space), num_folds=2, num_units=4)

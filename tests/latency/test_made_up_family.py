@@ -23,7 +23,6 @@ from joint_controller.latency import (
     load_profile,
     read_latency_estimator,
     save_profile,
-    settings_that_fit,
 )
 from joint_controller.latency.fit_report import format_model_card, plot_fit
 from joint_controller.latency.fitting import cross_validate
@@ -264,14 +263,15 @@ def test_its_guardrail_promises_what_is_kept(executor, estimator):
         def count_inputs(self, request, settings):
             return {"players": [3] * len(settings), "score_tokens": [600, *[512] * (len(settings) - 1)]}
 
-    [opened_ms] = Guardrail(estimator, executor, 0.95).predict_latency_ms(requests[:1], Opened())
+    guardrail = Guardrail(estimator, executor, 0.95)
+    [opened_ms] = guardrail.predict_latency_ms(requests[:1], Opened())
     # Of which the first is longer than the executor takes.
     assert opened_ms.isinf().tolist() == [True] + [False] * (len(SPACE) - 1)
-    fits, fits_budget = settings_that_fit(opened_ms[None], 1e9)
-    assert fits_budget.item() and fits.sum() == len(SPACE) - 1 and not fits[0, 0]
+    fit = guardrail.fit(guardrail.typical_ms(requests[:1], Opened()), 1e9)[1]
+    assert fit.fits_budget.item() and fit.fits.sum() == len(SPACE) - 1 and not fit.fits[0, 0]
     for row, request in enumerate(requests):
         true_ms = [executor.total_ms(request, setting, executor.max_new_tokens) for setting in SPACE]
         typical_ms = latency_ms[row] / estimator.quantile_factor(0.95)
         assert typical_ms.tolist() == pytest.approx(true_ms, rel=0.05)
-    fits, fits_budget = settings_that_fit(latency_ms, latency_ms[1, 0].item() / 2)
-    assert fits_budget.tolist() == [True, False] and fits[1].nonzero().flatten().tolist() == [0]
+    fit = guardrail.fit(guardrail.typical_ms(requests), latency_ms[1, 0].item() / 2)[1]
+    assert fit.fits_budget.tolist() == [True, False] and fit.fits[1].nonzero().flatten().tolist() == [0]

@@ -50,6 +50,7 @@ def test_25_measurements_adapt_an_estimator_to_another_machine(base, times):
     assert rows[2][2].startswith(f"{report['by_size']['25']['prefill']['mape']:.1%} (")
 
 
+@pytest.mark.slow
 def test_recalibrated_estimator_is_whole(base, tmp_path):
     profile = make_synthetic_profile(cpu_times, noise=0.02, num_inputs=6, seed=3).shuffle(seed=1).select(range(60))
     model, held_out = fit_recalibration(base[0], profile)

@@ -100,6 +100,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "imported").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_the_latency_estimator_is_fitted_to_an_import(tmp_path, tiny_molmo_config):
     write_results(tmp_path / "results", ["text-vqa"], num_samples=2)
     tiny_molmo_config.save_pretrained(tmp_path / "model")

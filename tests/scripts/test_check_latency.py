@@ -27,6 +27,7 @@ def slow_estimator(tmp_path):
     return tmp_path / "slow"
 
 
+@pytest.mark.slow
 def test_without_a_controller_the_shipped_estimator_is_compared(tmp_path, capsys):
     file = tmp_path / "numbers" / "check.json"
     assert main(["check-latency", "--num_requests", "40", "--recalibrate", "never", "--json", str(file)]) == 0

@@ -142,6 +142,7 @@ def test_without_skip_bad_rows_a_bad_row_is_an_error(names, tmp_path):
     assert not (tmp_path / SKIPPED_ROWS_FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_script_says_what_it_left_out(names, tmp_path, capsys):
     output_dir = tmp_path / "profile"
     flags = {

@@ -14,7 +14,7 @@ from joint_controller.data import FEATURES
 from joint_controller.executor import embedded_executor_path
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "easy_vqa" / "grpo.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "easy_vqa" / "train.yaml"
 
 
 def run(output_dir, *flags) -> int:

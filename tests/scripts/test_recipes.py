@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from joint_controller import JointControllerModel, LatencyEstimatorModel
 from joint_controller.cli import main
+from joint_controller.evaluation.summary import rows_of
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -27,38 +28,41 @@ def trained(tmp_path_factory):
         "output_dir": output_dir,
     }
     flags = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    assert main(["train", "--config", str(RECIPES / "easy_vqa" / "grpo.yaml"), *flags]) == 0
+    assert main(["train", "--config", str(RECIPES / "easy_vqa" / "train.yaml"), *flags]) == 0
     return output_dir
 
 
-def test_grpo(trained):
+def test_train(trained):
     controller = JointControllerModel.from_pretrained(trained)
     assert controller.config.question_size == 192
     sweep = Dataset.from_parquet(str(trained / "sweep.parquet"))
     assert [round(fraction, 2) for fraction in sweep.unique("budget_fraction")] == [0.35, 0.5, 0.7, 0.85, 1.0]
 
 
+@pytest.mark.slow
 def test_sweep(trained, tmp_path, capsys):
     flags = ["--controller_path", trained, "--outcomes_dir", trained / "outcomes", "--output_dir", tmp_path]
     flags += ["--max_samples", 4, "--max_static_samples", 4]
     recipe = str(RECIPES / "easy_vqa" / "sweep.yaml")
     assert main(["sweep", "--config", recipe, *map(str, flags)]) == 0
     sweep = Dataset.from_parquet(str(tmp_path / "sweep.parquet"))
-    assert len(sweep) == 8 * 5 and set(sweep["num_samples"]) == {4}
-    assert sweep["policy"][:5] == ["controller", "guarded", "best static", "full", "random"]
+    policies = ["controller", "controller, no mask", "full", "static", "static by reward", "fits", "look-up"]
+    policies += ["per question type", "random"]
+    assert len(rows_of(sweep)) == 8 * len(policies) and {row["num_samples"] for row in rows_of(sweep)} == {4}
+    assert [row["policy"] for row in rows_of(sweep)][: len(policies)] == policies
     shown = capsys.readouterr().out
-    assert "best static" in shown and "latencies of whole requests" in " ".join(shown.split())
+    assert "static by reward" in shown and "latencies of whole requests" in " ".join(shown.split())
     of_model = [*map(str, flags), "--output_dir", str(tmp_path / "model"), "--latency_scope", "model"]
     assert main(["sweep", "--config", recipe, *of_model]) == 0
     assert "latencies of the model alone" in " ".join(capsys.readouterr().out.split())
     less = Dataset.from_parquet(str(tmp_path / "model" / "sweep.parquet"))
     of_full = [[row["latency_ms"] for row in table if row["policy"] == "full"] for table in (sweep, less)]
     assert max(of_full[1]) < min(of_full[0])
-    assert main(["sweep", "--config", recipe, *map(str, flags)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert main(["sweep", "--config", recipe, *map(str, flags), "--max_samples", "3"]) == 2
+    assert "holds another run: its `max_samples` is 4, now it is 3" in " ".join(capsys.readouterr().err.split())
     flags[-5:-4] = [tmp_path / "another"]
-    assert main(["sweep", "--config", recipe, *map(str, flags), "--guardrail_quantile", "0.5"]) == 2
-    assert "has no quantile 0.5 (it has ['0.9', '0.95', '0.99'])" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["sweep", "--config", recipe, *map(str, flags), "--guardrail_quantile", "0.6"]) == 2
+    assert "has no quantile 0.6 (it has ['0.9', '0.95', '0.99'])" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sweep_without_a_controller_is_refused(capsys, tmp_path):
@@ -93,12 +97,13 @@ def test_profile_and_fit_latency(tmp_path, name):
 
 def test_every_recipe_is_run_by_a_test():
     """
-    `train.yaml` is run in test_train_executor.py, those of blocks in test_importance_command.py, `grpo.yaml` of MolmoE-1B
+    `train.yaml` of the executor is run in test_train_executor.py, `ablate.yaml` in test_ablate.py, those of blocks in test_importance_command.py, `grpo.yaml` of MolmoE-1B
     in test_official_files.py.
     """
     assert {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} == {
-        "easy_vqa/grpo.yaml",
+        "easy_vqa/ablate.yaml",
         "easy_vqa/sweep.yaml",
+        "easy_vqa/train.yaml",
         "embedded_executor/fit_latency.yaml",
         "embedded_executor/importance.yaml",
         "embedded_executor/profile.yaml",

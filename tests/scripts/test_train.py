@@ -28,7 +28,7 @@ from joint_controller import (
     LatencyEstimatorModel,
 )
 from joint_controller.cli import main
-from joint_controller.evaluation.sweep import SWEEP_FILE
+from joint_controller.evaluation.summary import SWEEP_FILE, rows_of
 from joint_controller.executor import executor_shape
 from joint_controller.scripts.train import LOG_FILE, RESULTS_FILE
 from joint_controller.scripts.training_console import TrainingConsole, likeliest_by_budget
@@ -164,22 +164,29 @@ def test_a_run_leaves_controller_log_outcomes_and_sweep(recipe, tmp_path, capsys
     for entry in entries:
         if "eval_reward" in entry:
             assert {"eval_accuracy", "eval_latency_ms", "eval_budget_violation_rate"} <= entry.keys()
-    assert any("rewards/accuracy_reward/mean" in entry for entry in entries)
+    assert any("rewards/accuracy_in_time_reward/mean" in entry for entry in entries)
 
     sweep = Dataset.from_parquet(str(run / SWEEP_FILE))
-    assert set(sweep["policy"]) == {"controller", "best static", "full", "untrained", "random"}
-    assert len(sweep) == 2 * 5
+    policies = {"controller", "full", "static", "static by reward", "fits"}
+    # All data sets together, which is one here, and each.
+    assert set(sweep["policy"]) == policies and len(sweep) == 2 * 2 * len(policies)
+    assert len(Dataset.from_parquet(str(run / "requests.parquet"))) == 2 * ROWS * len(policies)
+    assert json.loads((run / "sweep.json").read_text())["baseline"] == "static"
     results = json.loads((run / RESULTS_FILE).read_text())
     assert set(results["eval_reward_mean_over_budgets"]) == set(sweep["policy"])
-    assert "![Accuracy against mean latency](accuracy_latency.png)" in (run / "README.md").read_text()
-    assert (run / "accuracy_latency.png").stat().st_size > 1000
-    assert "best static" in capsys.readouterr().out
+    card = (run / "README.md").read_text()
+    assert "| static, equally accurate | saved |" in card and "| fits |" in card
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card)
+    assert pictures and all((run / name).stat().st_size > 1000 for name in pictures)
+    shown = capsys.readouterr().out
+    assert "static" in shown and " ± " in shown and "violations" in shown and "fits  " not in shown
     outcomes = Dataset.from_parquet([str(path) for path in (run / "outcomes").glob("*.parquet")])
     keys = set(zip(outcomes["sample_id"], outcomes["tier"], outcomes["top_k"], outcomes["num_blocks"], strict=True))
     assert len(keys) == len(outcomes)
     assert sum(sample_id.startswith("train/") for sample_id in outcomes["sample_id"]) == ROWS * 3 * 2 * 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_overwritten_and_resuming_it_runs_nothing_again(recipe, tmp_path, capsys):
     path = recipe()
     assert main(["train", "--config", path]) == 0
@@ -191,6 +198,7 @@ def test_a_finished_run_is_not_overwritten_and_resuming_it_runs_nothing_again(re
     assert json.loads((tmp_path / "run" / RESULTS_FILE).read_text())["num_executed"] == 0
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_give_the_same_numbers(recipe, tmp_path):
     runs = []
     for name in ("one", "two"):
@@ -200,6 +208,7 @@ def test_two_runs_with_one_seed_give_the_same_numbers(recipe, tmp_path):
     assert runs[0][1] == runs[1][1]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_ends_as_one_that_was_interrupted(recipe, folders, tmp_path):
     data = write_data(tmp_path / "broken", with_a_corrupt_image)
     changes = {
@@ -234,6 +243,7 @@ def short_answer(answer, **kwargs):
     return [1.0 / (1 + len(one)) for one in answer]
 
 
+@pytest.mark.slow
 def test_the_sweep_takes_the_rewards_and_the_latencies_that_the_controller_was_trained_with(recipe, folders, tmp_path):
     """Not the default reward, nor another estimator."""
     rewards = {"reward_funcs": [f"{__name__}.short_answer", "accuracy_reward"], "reward_weights": [2.0, 0.25]}
@@ -249,8 +259,7 @@ def test_the_sweep_takes_the_rewards_and_the_latencies_that_the_controller_was_t
     # fmt: on
     assert main([str(one) for one in swept]) == 0
     again = Dataset.from_parquet(str(tmp_path / "sweep" / SWEEP_FILE), cache_dir=str(tmp_path / "cache"))
-    expected = [row for row in trained if row["policy"] in ("controller", "full")]
-    found = [row for row in again if row["policy"] in ("controller", "full")]
+    expected, found = (rows_of(table, policies=["controller", "full"]) for table in (trained, again))
     assert len(found) == 4
     for row, other in zip(expected, found, strict=True):
         assert (row["policy"], row["accuracy"], row["latency_ms"]) == (
@@ -262,6 +271,7 @@ def test_the_sweep_takes_the_rewards_and_the_latencies_that_the_controller_was_t
         assert row["reward"] > 0.25 * row["accuracy"]  # short answers count
 
 
+@pytest.mark.slow
 def test_a_pushed_controller_is_finished_when_it_is_pushed(recipe, folders, tmp_path, monkeypatch):
     """What would go to the Hub has its card with the results, and its latencies; nothing is pushed before."""
     pushed = []
@@ -278,11 +288,12 @@ def test_a_pushed_controller_is_finished_when_it_is_pushed(recipe, folders, tmp_
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload), raising=False)
     assert main(["train", "--config", recipe(push_to_hub=True, hub_model_id="me/mine", hub_strategy="end")]) == 0
     [(card, has_latencies)] = pushed
-    assert has_latencies and "| `num_blocks` | 2, 4 | stage 2 |" in card and "best static" in card
+    assert has_latencies and "| `num_blocks` | 2, 4 | stage 2 |" in card and "| static |" in card
     assert "text-generation" not in card and "JointPipeline.from_pretrained" in card
     assert JointPipeline.from_pretrained(tmp_path / "run", model_path=folders / "executor")
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_one_line_for_each_logged_step_and_evaluation(recipe, capsys):
     assert main(["train", "--config", recipe()]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from joint_controller.controller import JointControllerConfig, JointControllerModel
 from joint_controller.executor import ExecutorOutput
 from joint_controller.knobs import KnobSetting
+from joint_controller.latency import Guardrail
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 from joint_controller.rewards import DEFAULT_REWARDS, total_reward
 from joint_controller.trainer import JointGRPOConfig, JointGRPOTrainer
@@ -25,12 +26,27 @@ NEEDS = {
 }
 HIDDEN_SIZE = 16
 COUNTS = {"num_views": 2, "vision_tokens": 16, "text_tokens": 8}
+# Questions about digits are long, and predicted to take longer than they do.
+LONG_TEXT_TOKENS = 12
+UPPER_RATIOS = {0.95: 1.25, 0.99: 2.5}
 
 
 def latency_of(setting: KnobSetting) -> float:
     """5 ms for the cheapest setting of SPACE, 30 ms for the full one; the tier and the blocks cost most."""
     tier, top_k, num_blocks = SPACE.normalized(setting)
     return 5.0 + 10.0 * tier + 5.0 * top_k + 10.0 * num_blocks
+
+
+def predicted_ms(question_type: str, setting: KnobSetting, quantile: float = 0.95) -> float:
+    """What a guardrail predicts not to be exceeded."""
+    text_tokens = LONG_TEXT_TOKENS if question_type == "digit" else COUNTS["text_tokens"]
+    return UPPER_RATIOS[quantile] * latency_of(setting) * text_tokens / COUNTS["text_tokens"]
+
+
+def fits_of(question_type: str, budget_ms: float, quantile: float = 0.95) -> list[KnobSetting]:
+    """Settings that a guardrail leaves."""
+    fitting = [setting for setting in SPACE if predicted_ms(question_type, setting, quantile) <= budget_ms]
+    return fitting or [SPACE.cheapest]
 
 
 def is_answered(question_type: str, setting: KnobSetting) -> bool:
@@ -44,6 +60,16 @@ class FormulaExecutor:
     knob_space = SPACE
     question_size = vision_size = HIDDEN_SIZE
     fingerprint = "formula"
+    count_names = tuple(COUNTS)
+    max_new_tokens = 4
+    max_prompt_tokens = 100
+
+    def __init__(self):
+        self.answered: list[tuple[str, KnobSetting]] = []
+
+    def count_inputs(self, request, settings):
+        counts = {**COUNTS, "text_tokens": LONG_TEXT_TOKENS} if request.question.startswith("digit") else COUNTS
+        return {name: [count] * len(settings) for name, count in counts.items()}
 
     def question_features(self, questions):
         return torch.stack([_direction(question.split()[0]) for question in questions])
@@ -58,6 +84,7 @@ class FormulaExecutor:
         )
 
     def run(self, requests, on_batch=None, progress=False):
+        self.answered += [(request.sample_id, request.setting) for request in requests]
         outputs = []
         for request in requests:
             answer = "yes" if is_answered(request.question.split()[0], request.setting) else "no"
@@ -68,7 +95,12 @@ class FormulaExecutor:
 
 
 class FormulaLatency:
-    """A latency estimator whose estimates are `latency_of`."""
+    """A latency estimator whose estimates are `latency_of`, and longer for long questions that are yet to be answered."""
+
+    def predict_latency_ms(self, settings, counts, output_tokens, quantile=None):
+        ratio = 1.0 if quantile is None else UPPER_RATIOS[quantile]
+        latency_ms = torch.tensor([latency_of(setting) for setting in settings])
+        return ratio * latency_ms * counts["text_tokens"] / COUNTS["text_tokens"]
 
     def latency_ms(self, outcomes):
         return torch.tensor([latency_of(outcome.setting) for outcome in outcomes])
@@ -126,6 +158,10 @@ def make_collector(path=None) -> OutcomeCollector:
     )
 
 
+def make_guardrail(quantile: float | None = 0.95) -> Guardrail:
+    return Guardrail(FormulaLatency(), FormulaExecutor(), quantile)
+
+
 def make_controller(seed: int = 0, **kwargs) -> JointControllerModel:
     torch.manual_seed(seed)
     values = {
@@ -160,7 +196,8 @@ def make_args(output_dir, **kwargs) -> JointGRPOConfig:
 
 
 def make_trainer(output_dir, controller=None, outcomes=None, num_rows=32, num_eval_rows=16, **kwargs):
-    trainer_kwargs = {name: kwargs.pop(name) for name in ("reward_funcs", "callbacks") if name in kwargs}
+    given = ("reward_funcs", "callbacks", "guardrail", "latency_budgets")
+    trainer_kwargs = {name: kwargs.pop(name) for name in given if name in kwargs}
     latency_estimator = kwargs.pop("latency_estimator", FormulaLatency())
     return JointGRPOTrainer(
         model=make_controller() if controller is None else controller,
@@ -184,6 +221,6 @@ def reward_of(question_type: str, setting: KnobSetting, budget_ms: float) -> flo
     return total_reward(DEFAULT_REWARDS, columns).item()
 
 
-def best_reward(question_type: str, budget_ms: float) -> float:
+def best_reward(question_type: str, budget_ms: float, settings=SPACE) -> float:
     """The reward of the best setting, by brute force."""
-    return max(reward_of(question_type, setting, budget_ms) for setting in SPACE)
+    return max(reward_of(question_type, setting, budget_ms) for setting in settings)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from formula_world import SPACE, ColumnRecorder, make_trainer
+import torch
+from formula_world import SPACE, ColumnRecorder, fits_of, make_controller, make_guardrail, make_trainer
+from safetensors.torch import load_file
 
 
 # Two processes of 12 rows: groups of 8 are cut where one process's rows end and the other's begin.
@@ -103,3 +105,66 @@ def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
     alone.train()
     begin = recorder.batches[0]
     assert training[0] == (begin["sample_id"], begin["latency_budget_ms"], begin["completions"])
+
+
+PROGRAM_EXACT = """
+import json, sys
+from formula_world import make_collector, make_controller, make_guardrail, make_trainer
+from safetensors.torch import save_file
+from test_distributed import RUN_EXACT
+
+folder = sys.argv[1]
+trainer = make_trainer(
+    folder, make_controller(sees_slack=True), make_collector(folder + "/outcomes"), guardrail=make_guardrail(),
+    per_device_train_batch_size=8, **RUN_EXACT,
+)
+trainer.train()
+save_file(trainer.model.state_dict(), f"{folder}/process_{trainer.accelerator.process_index}.safetensors")
+result = {
+    "answered": [[sample_id, str(setting)] for sample_id, setting in trainer.outcomes.executor.answered],
+    "num_outcomes": len(trainer.outcomes.store),
+    "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
+    "best": trainer.state.best_metric,
+}
+with open(f"{folder}/process_{trainer.accelerator.process_index}.json", "w") as file:
+    json.dump(result, file)
+"""
+# Three steps an epoch, of 16 rows together.
+RUN_EXACT = {"loss": "expected", "num_rows": 48, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1}
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_all_outcomes_as_one_with_twice_the_batch(tmp_path):
+    first, second = launch_two(PROGRAM_EXACT, tmp_path)
+    answered = [tuple(pair) for result in (first, second) for pair in result["answered"]]
+    assert len(answered) == len(set(answered)) == first["num_outcomes"] == second["num_outcomes"]
+    assert first["answered"] and second["answered"]
+    alone = make_trainer(
+        tmp_path / "alone",
+        make_controller(sees_slack=True),
+        guardrail=make_guardrail(),
+        per_device_train_batch_size=16,
+        **RUN_EXACT,
+    )
+    alone.train()
+    assert {pair for pair in answered if pair[0].startswith("train")} == {
+        (sample_id, str(setting))
+        for sample_id, setting in alone.outcomes.executor.answered
+        if sample_id.startswith("train")
+    }
+    types = {row["sample_id"]: row["question"].split()[0] for row in alone.train_dataset}
+    # The full setting is looked at first on some samples, which fractions of budgets refer to.
+    probed = str(SPACE.full)
+    assert all(
+        setting == probed or setting in map(str, fits_of(types[sample_id], alone.latency_budgets.maximum_ms))
+        for sample_id, setting in answered
+        if sample_id in types
+    )
+    states = [load_file(tmp_path / f"process_{index}.safetensors") for index in range(2)]
+    for name, value in alone.model.state_dict().items():
+        if name in states[0]:
+            assert torch.equal(states[0][name], states[1][name])
+            torch.testing.assert_close(states[0][name], value, atol=1e-4, rtol=1e-3)
+    rewards = [entry["reward"] for entry in alone.state.log_history if "reward" in entry]
+    assert len(rewards) == 8 and first["rewards"] == pytest.approx(rewards, abs=1e-3)
+    assert first["best"] == second["best"] == pytest.approx(alone.state.best_metric, abs=1e-4)

@@ -10,6 +10,7 @@ import torch
 from joint_controller.trainer.draws import draw_action_noise, draw_budget
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     program = "from joint_controller.trainer.draws import draw_budget; print(draw_budget(3, 1, 'scenes/train/000012', 5.0, 25.0))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -22,7 +22,7 @@ from joint_controller.data import Sample
 from joint_controller.executor import ExecutorRequest
 from joint_controller.latency import RecordedLatencies
 from joint_controller.outcomes import OutcomeStore, RecordedOutcomes
-from joint_controller.rewards import DEFAULT_REWARDS
+from joint_controller.rewards import DEFAULT_REWARDS, ORIGINAL_REWARDS
 from joint_controller.trainer import resolve_latency_budgets
 from joint_controller.trainer.draws import draw_budget
 
@@ -35,10 +35,17 @@ def request_of(row: dict, tier_index: int) -> ExecutorRequest:
     return ExecutorRequest.of(Sample(row), SPACE.setting((tier_index, 0, 0)))
 
 
+def values_of(trainer, batch) -> torch.Tensor:
+    """Of each row, the position of each knob's value among the values of the knob."""
+    table = trainer.model.table
+    return table.setting_values[table.positions[batch["first"], batch["second"]]]
+
+
 def logged(trainer, metric: str) -> list[float]:
     return [entry[metric] for entry in trainer.state.log_history if metric in entry]
 
 
+@pytest.mark.slow
 def test_learns_the_best_setting_for_each_question_and_budget(tmp_path):
     trainer = make_trainer(
         tmp_path,
@@ -80,11 +87,12 @@ def test_scores_decisions_as_the_softmax_of_both_stages_does(tmp_path):
 
     question, budget, vision = (batch[name] for name in ("question_features", "latency_budget_ms", "vision_features"))
     for row in range(16):
-        tier, top_k, num_blocks = batch["actions"][row].tolist()
+        tier, top_k, num_blocks = values_of(trainer, batch)[row].tolist()
         one = slice(row, row + 1)
-        tier_probs = (trainer.model.stage1(question[one], budget[one])[0][0] / 0.5).softmax(-1)
-        stage2 = trainer.model.stage2(vision[one], question[one], budget[one], torch.tensor([[tier]]))
-        top_k_probs, num_blocks_probs = ((logits[0] / 0.5).softmax(-1) for logits in stage2)
+        tier_probs = (trainer.model.stage1(question[one], budget[one], None)[0] / 0.5).softmax(-1)
+        stage2 = trainer.model.stage2(vision[one], question[one], budget[one], torch.tensor([[tier]]), None)
+        joint = (stage2[0] / 0.5).softmax(-1).reshape(3, 3)  # top_k, num_blocks
+        top_k_probs, num_blocks_probs = joint.sum(1), joint[top_k] / joint[top_k].sum()
         probs = torch.stack([tier_probs[tier], top_k_probs[top_k], num_blocks_probs[num_blocks]])
         torch.testing.assert_close(logps[row], probs.log(), rtol=1e-4, atol=1e-5)
         expected = torch.stack([-(p * p.log()).sum() for p in (tier_probs, top_k_probs, num_blocks_probs)])
@@ -95,8 +103,8 @@ def test_stage_2_sees_the_image_at_the_tier_taken(tmp_path):
     trainer = make_trainer(tmp_path)
     rows = first_rows(trainer, 16)
     batch = trainer._generate_and_score_completions(copy.deepcopy(rows))
-    assert len(batch["actions"][:, 0].unique()) > 1
-    for row, (tier_index, *_) in enumerate(batch["actions"].tolist()):
+    assert len(values_of(trainer, batch)[:, 0].unique()) > 1
+    for row, (tier_index, *_) in enumerate(values_of(trainer, batch).tolist()):
         expected = trainer.outcomes.executor.vision_features([request_of(rows[row], tier_index)])[0]
         torch.testing.assert_close(batch["vision_features"][row], expected)
 
@@ -108,7 +116,7 @@ def test_completions_are_the_action_tokens_of_the_setting(tmp_path):
     (columns,) = recorder.batches
     assert columns["completions"] == [str(setting) for setting in columns["setting"]]
     assert trainer.processing_class.batch_decode(batch["completion_ids"]) == columns["completions"]
-    assert [SPACE.indices(setting) for setting in columns["setting"]] == [tuple(a) for a in batch["actions"].tolist()]
+    assert [list(SPACE.indices(one)) for one in columns["setting"]] == values_of(trainer, batch).tolist()
     assert columns["latency_ms"] == pytest.approx([latency_of(setting) for setting in columns["setting"]])
     questions = [row["question"].split()[0] for row in first_rows(trainer, 16)]
     assert columns["accuracy"] == [
@@ -163,22 +171,27 @@ def test_evaluation_takes_the_likeliest_setting_and_repeats_itself(tmp_path):
     ):
         question = executor.question_features([rows[sample_id]["question"]])
         budget = torch.tensor([budget_ms])
-        tier_index = trainer.model.stage1(question, budget)[0].argmax(-1)
+        tier_index = trainer.model.stage1(question, budget, None).argmax(-1)
         vision = executor.vision_features([request_of(rows[sample_id], tier_index.item())])
-        stage2 = trainer.model.stage2(vision, question, budget, tier_index[:, None])
-        assert SPACE.indices(setting) == (tier_index.item(), *(logits.argmax(-1).item() for logits in stage2))
+        stage2 = trainer.model.stage2(vision, question, budget, tier_index[:, None], None)
+        assert SPACE.indices(setting) == (tier_index.item(), *divmod(stage2.argmax(-1).item(), 3))
 
 
-def test_logs_rewards_by_name_and_what_they_are_made_of(tmp_path):
-    trainer = make_trainer(tmp_path, logging_steps=1, max_steps=4)
+@pytest.mark.parametrize("rewards", [DEFAULT_REWARDS, ORIGINAL_REWARDS], ids=["default", "original"])
+def test_logs_rewards_by_name_and_what_they_are_made_of(tmp_path, rewards):
+    given = (
+        {} if rewards is DEFAULT_REWARDS else {"reward_funcs": list(rewards), "reward_weights": list(rewards.values())}
+    )
+    trainer = make_trainer(tmp_path, logging_steps=1, max_steps=4, **given)
     trainer.train()
     for prefix in ("", "eval_"):
         entry = next(entry for entry in trainer.state.log_history if f"{prefix}reward" in entry)
         weighted = sum(
-            weight * entry[f"{prefix}rewards/{function.__name__}/mean"] for function, weight in DEFAULT_REWARDS.items()
+            weight * entry[f"{prefix}rewards/{function.__name__}/mean"] for function, weight in rewards.items()
         )
         assert entry[f"{prefix}reward"] == pytest.approx(weighted, abs=1e-5)
-        assert entry[f"{prefix}accuracy"] == entry[f"{prefix}rewards/accuracy_reward/mean"]
+        if rewards is ORIGINAL_REWARDS:
+            assert entry[f"{prefix}accuracy"] == entry[f"{prefix}rewards/accuracy_reward/mean"]
         assert 5 <= entry[f"{prefix}latency_ms"] <= 30
         assert 0 <= entry[f"{prefix}budget_violation_rate"] <= 1
         for knob, values in SPACE.values.items():
@@ -263,7 +276,7 @@ def test_log_completions_writes_questions_settings_and_answers(tmp_path):
     trainer = make_trainer(tmp_path, log_completions=True, max_steps=4)
     trainer.train()
     table = pandas.read_parquet(tmp_path / "completions" / "completions_00004.parquet")
-    assert {"prompt", "completion", "answer", "accuracy", "latency_ms", "accuracy_reward", "advantage"} <= set(table)
+    assert {"prompt", "completion", "answer", "accuracy", "latency_ms", "efficiency_reward", "advantage"} <= set(table)
     assert table["completion"].str.fullmatch(r"tier=\w+ top_k=\d num_blocks=\d").all()
     assert table["prompt"].str.contains("question? (", regex=False).all()
 

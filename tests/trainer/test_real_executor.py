@@ -6,7 +6,7 @@ from formula_world import make_args, make_controller, make_dataset
 from molmo_knobs import molmo_space
 
 from joint_controller import JointControllerModel, JointGRPOTrainer, LatencyEstimatorModel
-from joint_controller.latency import LatencyEstimatorConfig
+from joint_controller.latency import Guardrail, LatencyEstimatorConfig
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import OutcomeCollector, OutcomeStore
 
@@ -22,14 +22,18 @@ def executor(tiny_molmo, tiny_processor) -> MolmoExecutor:
 @pytest.fixture(scope="module")
 def latency_estimator() -> LatencyEstimatorModel:
     fitted_knobs = {"tier": ["low", "high"], "top_k": [1, 4], "num_blocks": [2, 4]}
-    config = LatencyEstimatorConfig(executor_type="molmo", fitted_knobs=fitted_knobs)
+    config = LatencyEstimatorConfig(
+        executor_type="molmo", fitted_knobs=fitted_knobs, upper_quantiles={"request": {"0.95": 1.2}}
+    )
     estimator = LatencyEstimatorModel(config)
     for coefficients in estimator.parameters():
         coefficients.data.fill_(0.001)
     return estimator
 
 
-def test_trains_resumes_and_never_runs_the_executor_twice(tmp_path, executor, latency_estimator):
+@pytest.mark.parametrize("loss", ["grpo", "expected", "regression"])
+@pytest.mark.parametrize("has_guardrail", [False, True])
+def test_trains_resumes_and_never_runs_the_executor_twice(tmp_path, executor, latency_estimator, loss, has_guardrail):
     def make_trainer(folder) -> JointGRPOTrainer:
         controller = make_controller(
             knob_space=SPACE.to_dict(),
@@ -37,10 +41,11 @@ def test_trains_resumes_and_never_runs_the_executor_twice(tmp_path, executor, la
             vision_size=executor.vision_size,
             latency_budget_min_ms=0.1,
             latency_budget_max_ms=1000.0,
+            sees_slack=has_guardrail,
         )
         store = OutcomeStore(folder / "outcomes", executor.fingerprint, SPACE)
         score = lambda metric, answer, answers: float(len(answer) % 2)  # noqa: E731
-        args = make_args(folder, latency_budget_min_fraction=0.8, max_steps=8)
+        args = make_args(folder, latency_budget_min_fraction=0.8, max_steps=8, loss=loss)
         return JointGRPOTrainer(
             model=controller,
             outcomes=OutcomeCollector(executor, store, score),
@@ -48,10 +53,17 @@ def test_trains_resumes_and_never_runs_the_executor_twice(tmp_path, executor, la
             args=args,
             train_dataset=make_dataset(8),
             eval_dataset=make_dataset(4, "validation"),
+            guardrail=Guardrail(latency_estimator, executor) if has_guardrail else None,
         )
 
     whole = make_trainer(tmp_path / "whole")
     whole.train()
+    assert any(
+        not torch.equal(value, other)
+        for value, other in zip(
+            whole.model.parameters(), make_trainer(tmp_path / "untrained").model.parameters(), strict=True
+        )
+    )
     assert whole.outcomes.num_executed == len(whole.outcomes.store)
 
     (tmp_path / "whole" / "checkpoint-8").rename(tmp_path / "whole" / "ended")

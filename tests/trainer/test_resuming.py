@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formula_world import make_collector, make_trainer
+from formula_world import make_collector, make_controller, make_guardrail, make_trainer
 from transformers import TrainerCallback
 
 from joint_controller import JointControllerModel
@@ -82,6 +82,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, uninterrupted, stop_at):
     assert stopped.outcomes.num_executed + resumed.outcomes.num_executed == uninterrupted.outcomes.num_executed
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_resumed_exactly(tmp_path, uninterrupted):
     program = (
         "from formula_world import make_collector, make_trainer\n"
@@ -145,3 +146,43 @@ def test_resuming_a_run_that_had_ended_changes_nothing(tmp_path):
     assert again.state.global_step == 20
     assert_same_controller(again.model, ended.model)
     assert again.outcomes.num_executed == 0
+
+
+# Eight epochs of three optimiser steps, with all outcomes known before the first.
+RUN_EXACT = {
+    "loss": "expected",
+    "num_rows": 24,
+    "per_device_train_batch_size": 8,
+    "max_steps": 24,
+    "eval_steps": 4,
+    "save_steps": 4,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "cosine",
+}
+
+
+def make_exact_trainer(folder, **kwargs):
+    return make_trainer(
+        folder,
+        make_controller(sees_slack=True),
+        make_collector(folder / "outcomes"),
+        guardrail=make_guardrail(),
+        **RUN_EXACT,
+        **kwargs,
+    )
+
+
+# Steps 8 and 20 resume inside of epochs, 12 at an epoch's end.
+@pytest.mark.parametrize("stop_at", [9, 12, 23])
+def test_resuming_on_all_outcomes_equals_never_having_stopped(tmp_path, stop_at):
+    whole = make_exact_trainer(tmp_path / "whole")
+    whole.train()
+    stopped = make_exact_trainer(tmp_path / "run", callbacks=[StopAt(stop_at)])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = make_exact_trainer(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_controller(resumed.model, whole.model)
+    assert best_of(resumed) == best_of(whole)
+    answered = [*stopped.outcomes.executor.answered, *resumed.outcomes.executor.answered]
+    assert len(answered) == len(set(answered)) and set(answered) == set(whole.outcomes.executor.answered)

@@ -93,6 +93,7 @@ def test_each_epoch_is_shuffled_anew_and_has_each_sample_once(tmp_path, folder):
 
 # Rollouts begin at even steps; the first epoch ends at step 12.
 @pytest.mark.parametrize("stop_at", [6, 12, 18])
+@pytest.mark.slow
 def test_resuming_equals_never_having_stopped(tmp_path, folder, stop_at):
     uninterrupted = make_trainer(tmp_path / "whole", stream_vqa_datasets([str(folder)]))
     uninterrupted.train()
