@@ -77,7 +77,7 @@ class JointPipeline:
             Predicts what requests take, for this executor and its way of running.
         guardrail_quantile (`float`, *optional*, defaults to 0.95):
             Lets the controller choose only among settings whose latency is predicted to stay below the budget, with an
-            answer of the executor's `max_new_tokens`, on this share of requests: 0.9, 0.95 or 0.99. `None` lets it choose
+            answer of the executor's `max_new_tokens`, on this share of requests: 0.5, 0.9, 0.95 or 0.99. `None` lets it choose
             any setting. See [`~latency.Guardrail`].
         adapt (`bool`, *optional*, defaults to `True`):
             Whether predictions follow what requests take, see [`~latency.tracking.LatencyTracker`].

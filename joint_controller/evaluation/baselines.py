@@ -61,7 +61,7 @@ class PredictedLatencies:
 
     def __init__(self, guardrail: Guardrail):
         if guardrail.quantile is None:
-            raise ValueError("the guardrail promises no quantile: give it one (0.9, 0.95 or 0.99).")
+            raise ValueError("the guardrail promises no quantile: give it one (0.5, 0.9, 0.95 or 0.99).")
         self.guardrail = guardrail
         self._known: dict[str, np.ndarray] = {}
 
