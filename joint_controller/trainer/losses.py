@@ -7,7 +7,8 @@ With the policy \\(\pi(s) = \pi_1(c_1)\,\pi_2(c_2 \mid c_1)\\) over the settings
 - `"expected"`: \\(-\sum_s \pi(s) R(s)\\), less an entropy bonus. GRPO estimates its gradient from samples; here it is exact.
 - `"supervised"`: \\(-\log \pi(s^*)\\), the cross-entropy to the setting with the highest reward (of equals, the fastest).
 - `"regression"`: the scores of stage 2 are taught to be \\(R(c_1, c_2)\\), those of stage 1 the reward of what stage 2 would take
-  then: the mean squared error of both. Choosing the highest score is then choosing the best setting that is predicted.
+  then: the squared error of both, for each sample a mean over what may be chosen. Choosing the highest score is then choosing
+  the setting that is predicted to be best.
 """
 
 import torch
@@ -83,13 +84,13 @@ def regression_loss(
     """The squared errors of predicted rewards. Arguments are those of [`expected_loss`]; `entropy_coef` has no part. The
     probabilities are those of the setting that is predicted to be best, 1."""
     errors = (stage2 - rewards.where(allowed, stage2.detach())) ** 2
-    loss = errors.sum() / allowed.sum()
+    loss = (errors.sum(dim=(1, 2)) / allowed.sum(dim=(1, 2))).mean()
     with torch.no_grad():
         taken = stage2.masked_fill(~allowed, MASKED_SCORE).argmax(dim=-1, keepdim=True)
     follows = rewards.gather(-1, taken)[..., 0]  # of each choice of stage 1
     is_left = allowed.any(dim=-1)
     errors = (stage1 - follows.where(is_left, stage1.detach())) ** 2
-    loss = loss + errors.sum() / is_left.sum()
+    loss = loss + (errors.sum(dim=1) / is_left.sum(dim=1)).mean()
     with torch.no_grad():
         first = stage1.masked_fill(~is_left, MASKED_SCORE).argmax(dim=-1)
         probs = torch.zeros_like(rewards)

@@ -96,28 +96,50 @@ def test_learns_the_best_setting_for_each_question_and_budget(tmp_path, loss, qu
         assert learnt > static + 0.05
 
 
+@pytest.mark.parametrize("has_guardrail", [False, True])
 @pytest.mark.parametrize("loss", EXACT_LOSSES)
-def test_logs_expectations_over_all_settings(tmp_path, loss):
-    """A new controller takes every setting with equal probability, or the first."""
+def test_logs_the_loss_and_expectations_over_what_may_be_chosen(tmp_path, loss, has_guardrail):
+    """All by hand: a new controller takes in each stage each choice that is left with equal probability, or the first one."""
     trainer = make_trainer(
-        tmp_path, num_rows=16, loss=loss, max_steps=1, logging_steps=1, latency_budgets=BUDGETS, **TRAIN_ALONE
+        tmp_path,
+        make_controller(sees_slack=has_guardrail),
+        num_rows=16,
+        loss=loss,
+        max_steps=1,
+        logging_steps=1,
+        latency_budgets=BUDGETS,
+        guardrail=make_guardrail() if has_guardrail else None,
+        **TRAIN_ALONE,
     )
     trainer.train()
     entry = trainer.state.log_history[0]
-    rows = [
-        (type_of(row), draw_budget(3, 0, row["sample_id"], BUDGETS.minimum_ms, BUDGETS.maximum_ms))
-        for row in trainer.train_dataset
-    ]
-    settings = list(SPACE)[:1] if loss == "regression" else list(SPACE)
-    pairs = list(itertools.product(rows, settings))
-    expected = {
-        "reward": np.mean([reward_of(kind, setting, budget) for (kind, budget), setting in pairs]),
-        "accuracy": np.mean([is_answered(kind, setting) for (kind, _), setting in pairs]),
-        "latency_ms": np.mean([latency_of(setting) for _, setting in pairs]),
-        "budget_violation_rate": np.mean([latency_of(setting) > budget for (_, budget), setting in pairs]),
-        "entropy": np.log(len(settings)),
-    }
-    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    columns = {name: [] for name in ("reward", "accuracy", "latency_ms", "budget_violation_rate", "entropy")}
+    losses, errors = [], []
+    for row in trainer.train_dataset:
+        kind, budget = type_of(row), draw_budget(3, 0, row["sample_id"], BUDGETS.minimum_ms, BUDGETS.maximum_ms)
+        left = fits_of(kind, budget) if has_guardrail else list(SPACE)
+        tiers = [setting["tier"] for setting in left]
+        probs = {setting: 1 / len(set(tiers)) / tiers.count(setting["tier"]) for setting in left}
+        rewards = {setting: reward_of(kind, setting, budget) for setting in left}
+        best = max(left, key=lambda setting, of=rewards: (of[setting], -latency_of(setting)))
+        expected_reward = sum(p * rewards[setting] for setting, p in probs.items())
+        entropy = -sum(p * np.log(p) for p in probs.values())
+        losses.append(-np.log(probs[best]) if loss == "supervised" else -(expected_reward + 0.01 * entropy))
+        # Of each tier the first setting that is left.
+        firsts = {setting["tier"]: setting for setting in reversed(left)}
+        of_stage1 = np.mean([rewards[setting] ** 2 for setting in firsts.values()])
+        errors.append(of_stage1 + np.mean([reward**2 for reward in rewards.values()]))
+        if loss == "regression":
+            probs = {left[0]: 1.0}
+        columns["reward"].append(sum(p * rewards[setting] for setting, p in probs.items()))
+        columns["accuracy"].append(sum(p * is_answered(kind, setting) for setting, p in probs.items()))
+        columns["latency_ms"].append(sum(p * latency_of(setting) for setting, p in probs.items()))
+        is_over = sum(p * (latency_of(setting) > budget) for setting, p in probs.items())
+        columns["budget_violation_rate"].append(is_over)
+        columns["entropy"].append(-sum(p * np.log(p) for p in probs.values()))
+    expected = {name: np.mean(values) for name, values in columns.items()}
+    expected["loss"] = np.mean(errors if loss == "regression" else losses)
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_each_epoch_has_each_sample_once_under_a_new_budget(tmp_path, monkeypatch):
@@ -125,7 +147,9 @@ def test_each_epoch_has_each_sample_once_under_a_new_budget(tmp_path, monkeypatc
     rewards = OutcomeTable.rewards
 
     def spy(self, rows, latency_budget_ms, functions):
-        seen.append([(self.samples[row]["sample_id"], ms) for row, ms in zip(rows, latency_budget_ms.tolist())])  # noqa: B905
+        seen.append(
+            [(self.samples[row]["sample_id"], ms) for row, ms in zip(rows, latency_budget_ms.tolist(), strict=True)]
+        )
         return rewards(self, rows, latency_budget_ms, functions)
 
     monkeypatch.setattr(OutcomeTable, "rewards", spy)

@@ -154,14 +154,14 @@ def test_supervised_takes_the_fastest_of_equals():
     assert best(allowed) == [[0, 2, 3]]
 
 
-def test_regression_is_the_mean_squared_error_of_what_is_allowed():
+def test_regression_is_the_squared_error_of_what_is_allowed_a_mean_for_each_sample():
     stage1, stage2, rewards, latency_ms, allowed = make_inputs()
     value, probs, _ = gradients(
         lambda *scores: regression_loss(*masked(*scores, allowed), rewards, latency_ms, allowed, 0.3), stage1, stage2
     )
-    errors = {1: [], 2: []}
+    means = []
     for row in range(len(rewards)):
-        taken = {}
+        taken, errors = {}, {1: [], 2: []}
         for first in range(NUM_FIRST):
             left = [second for second in range(NUM_SECOND) if allowed[row, first, second]]
             errors[2] += [(stage2[row, first, second] - rewards[row, first, second]).item() ** 2 for second in left]
@@ -170,7 +170,8 @@ def test_regression_is_the_mean_squared_error_of_what_is_allowed():
                 errors[1].append((stage1[row, first] - rewards[row, first, taken[first]]).item() ** 2)
         first = max(taken, key=lambda one: stage1[row, one].item())
         assert probs[row].nonzero().tolist() == [[first, taken[first]]] and probs[row].sum() == 1
-    assert value == pytest.approx(sum(errors[1]) / len(errors[1]) + sum(errors[2]) / len(errors[2]))
+        means.append(sum(errors[1]) / len(errors[1]) + sum(errors[2]) / len(errors[2]))
+    assert value == pytest.approx(sum(means) / len(means))
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
