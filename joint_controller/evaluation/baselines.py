@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..data.schema import DEFAULT_QUESTION_TYPE
-from ..executor import ExecutorRequest
 from ..knobs import KnobSetting, KnobSpace
-from ..latency import Guardrail, LatencyEstimator
+from ..latency import FitCache, Guardrail, LatencyEstimator
 from ..outcomes import OutcomeSource
 from ..rewards import DEFAULT_REWARDS, RewardFunction, reward_columns, total_reward
 
@@ -63,21 +62,12 @@ class PredictedLatencies:
         if guardrail.quantile is None:
             raise ValueError("the guardrail promises no quantile: give it one (0.5, 0.9, 0.95 or 0.99).")
         self.guardrail = guardrail
-        self._known: dict[str, np.ndarray] = {}
+        self._fits = FitCache(guardrail)
 
     def latency_ms(self, samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        # Policies ask for the same samples under one budget after the other: their images are opened once.
-        cheapest = self.guardrail.executor.knob_space.cheapest
-        new = {
-            sample["sample_id"]: ExecutorRequest.of(sample, cheapest)
-            for sample in samples
-            if sample["sample_id"] not in self._known
-        }
-        if new:
-            predicted_ms = self.guardrail.predict_latency_ms(list(new.values())).double().numpy()
-            self._known.update(zip(new, predicted_ms, strict=True))
-        num_settings = len(self.guardrail.executor.knob_space)
-        return np.array([self._known[sample["sample_id"]] for sample in samples]).reshape(-1, num_settings)
+        if not samples:
+            return np.empty((0, len(self.guardrail.executor.knob_space)))
+        return self._fits.typical_ms(samples).double().numpy() * self.guardrail.upper_ratio
 
 
 class KnownOutcomes:

@@ -254,13 +254,13 @@ def test_baselines_are_had_by_name(training):
 
 def test_what_is_predicted_of_a_sample_is_asked_for_once(test):
     class Counting:
-        quantile = 0.95
+        quantile, upper_ratio = 0.95, 2.0
         executor = SimpleNamespace(knob_space=SPACE)
         asked = []
 
-        def predict_latency_ms(self, requests):
+        def typical_ms(self, requests):
             self.asked += [request.sample_id for request in requests]
-            return torch.tensor([[float(request.sample_id.split("/")[-1])] * 6 for request in requests])
+            return torch.tensor([[float(request.sample_id.split("/")[-1])] * 6 for request in requests]) / 2
 
     forecast = PredictedLatencies(Counting())
     some = [{**sample, "style": "vqa2"} for sample in test]
