@@ -15,6 +15,9 @@ from joint_controller.latency.held_out import errors
 from joint_controller.latency.recalibration import fit_recalibration, recalibrate, recalibration_errors
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def base():
     return fit_latency_estimator(make_synthetic_profile(gpu_times, num_inputs=8), num_folds=2)

@@ -56,6 +56,7 @@ def answered_by(trainer) -> list:
 
 @pytest.mark.parametrize("quantile", [0.0, 0.95], ids=["all settings", "guardrail"])
 @pytest.mark.parametrize("loss", EXACT_LOSSES)
+@pytest.mark.slow
 def test_learns_the_best_setting_for_each_question_and_budget(tmp_path, loss, quantile):
     trainer = make_trainer(
         tmp_path,

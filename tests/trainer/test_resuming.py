@@ -174,6 +174,7 @@ def make_exact_trainer(folder, **kwargs):
 
 # Steps 8 and 20 resume inside of epochs, 12 at an epoch's end.
 @pytest.mark.parametrize("stop_at", [9, 12, 23])
+@pytest.mark.slow
 def test_resuming_on_all_outcomes_equals_never_having_stopped(tmp_path, stop_at):
     whole = make_exact_trainer(tmp_path / "whole")
     whole.train()

@@ -10,6 +10,9 @@ from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.molmo.knob_space import build_knob_space
 
 
+pytestmark = pytest.mark.slow
+
+
 TINY = {
     "vision_hidden_size": 16,
     "vision_num_blocks": 2,
