@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Image, IterableDataset
 from formula_world import (
     FULL_MS,
     HIDDEN_SIZE,
@@ -31,12 +31,20 @@ from molmo_knobs import molmo_space
 
 from joint_controller import JointControllerConfig, JointControllerModel, JointGRPOTrainer
 from joint_controller.data import read_samples
+from joint_controller.data.samples import Sample
 from joint_controller.executor import ExecutorRequest
 from joint_controller.latency import FitCache, RecordedLatencies
 from joint_controller.outcomes import Outcome, OutcomeStore, RecordedOutcomes
-from joint_controller.rewards import DEFAULT_REWARDS, ORIGINAL_REWARDS, reward_columns, total_reward
+from joint_controller.rewards import (
+    DEFAULT_REWARDS,
+    ORIGINAL_REWARDS,
+    accuracy_reward,
+    reward_columns,
+    total_reward,
+)
 from joint_controller.trainer import LatencyBudgetRange
 from joint_controller.trainer.draws import draw_budget
+from joint_controller.trainer.feature_cache import CachedFeatures
 from joint_controller.trainer.losses import EXACT_LOSSES
 from joint_controller.trainer.outcome_table import OutcomeTable, possible_settings
 
@@ -372,6 +380,60 @@ def test_learns_from_a_reward_function_that_reads_answers(tmp_path, has_guardrai
     assert trainer.evaluate()["eval_reward"] == pytest.approx(np.mean(best))
 
 
+@pytest.mark.parametrize("is_of_this_package", [True, False])
+def test_shrinkage_moves_rewards_to_the_mean_of_the_samples_that_have_the_setting(is_of_this_package):
+    """Also where a setting that fits no budget was not answered; what is logged is the accuracy as it was."""
+
+    def doubled(accuracy, **kwargs):
+        return [2.0 * value for value in accuracy]
+
+    samples = read_samples(make_dataset(12))
+    given = (
+        make_collector(),
+        FormulaLatency(),
+        samples,
+        make_controller(),
+        FormulaExecutor(),
+        FitCache(make_guardrail()),
+    )
+    table = OutcomeTable(*given, highest_budget_ms=0.6 * FULL_MS, shrinkage=0.25)
+    rewards = {accuracy_reward: 2.0} if is_of_this_package else {doubled: 1.0}
+    found = table.rewards([0, 1, 5], torch.full((3,), FULL_MS), rewards)
+    for column, setting in enumerate(SPACE):
+        answered = [
+            float(is_answered(type_of(sample), setting)) if table.latency_ms[row, column].isfinite() else None
+            for row, sample in enumerate(samples)
+        ]
+        known = [value for value in answered if value is not None]
+        for place, row in enumerate([0, 1, 5]):
+            if answered[row] is None:
+                assert found[place, column] == -torch.inf
+            else:
+                mean = sum(known) / len(known)
+                assert found[place, column] == pytest.approx(2 * (0.75 * answered[row] + 0.25 * mean), rel=1e-5)
+                assert table.accuracy[row, column] == answered[row]
+
+
+def test_an_image_is_looked_at_once_whatever_is_asked_about_it():
+    class Counting:
+        question_size = vision_size = 2
+        asked = []
+
+        def vision_features(self, requests):
+            self.asked += [(request.sample_id, request.setting["tier"]) for request in requests]
+            return torch.tensor([[float(request.sample_id[-1]), 1.0] for request in requests])
+
+    rows = [dict(row) for row in make_dataset(3).cast_column("image", Image(decode=False))]
+    rows[2]["image"] = rows[0]["image"]
+    samples = [Sample(row) for row in rows]
+    features, cheapest, full = CachedFeatures(Counting(), SPACE), SPACE.cheapest, SPACE.full
+    requests = [ExecutorRequest.of(sample, setting) for setting in (cheapest, full) for sample in samples]
+    found = features.vision_features(requests)
+    assert found[:, 0].tolist() == [0.0, 1.0, 0.0] * 2 and torch.equal(features.vision_features(requests), found)
+    tiers = (cheapest["tier"], full["tier"])
+    assert Counting.asked == [(f"train/000{row}", tier) for tier in tiers for row in (0, 1)]
+
+
 def test_a_reward_that_is_not_finite_is_refused(tmp_path):
     def no_answer(answer, **kwargs):
         return [float("nan") if one == "no" else 1.0 for one in answer]
@@ -443,6 +505,8 @@ def test_a_frozen_stage_1_stays_as_it_is(tmp_path, frozen):
         ({"loss": "reinforce"}, "`loss` is 'reinforce': choose from 'grpo', 'expected', 'supervised', 'regression'"),
         ({"loss": "expected", "beta": 0.1}, "`beta` is 0.1, but only the loss 'grpo' is held near a reference"),
         ({"loss": "regression", "beta": 0.1}, "leave it at 0"),
+        ({"loss": "expected", "shrinkage": 1.5}, "`shrinkage` is 1.5: give a number from 0 to 1"),
+        ({"loss": "grpo", "shrinkage": 0.3}, "`shrinkage` needs the outcomes of all training samples"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(tmp_path, kwargs, message):
