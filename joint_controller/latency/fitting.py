@@ -103,49 +103,68 @@ def fit_units(features: torch.Tensor, inputs: torch.Tensor, measured_ms: torch.T
         weights[unit, watched] = 1 / scaled[:, watched].quantile(quantile).clamp(min=_SMALL_INPUT)
     first_log_weights = weights.log()
     log_steps = torch.full((num_units,), math.log(_SMALL_STEP), dtype=torch.float64)
-    parameters = [torch.maximum(physical, smallest).log(), first_log_weights.clone(), log_steps]
-    for parameter in parameters:
-        parameter.requires_grad_()
+    # One flat tensor, of which the others are views, and a gradient by hand: the tensors are so small that autograd, and
+    # an optimizer of several parameters, would take longer than the arithmetic.
+    starts = (torch.maximum(physical, smallest).log(), first_log_weights.flatten(), log_steps)
+    parameters = torch.cat(starts)
+    log_coefficients, log_weights, log_steps = parameters.split([len(start) for start in starts])
+    log_weights = log_weights.view_as(first_log_weights)
+    share = 1 / num_rows
+    shares = torch.full_like(log_ms, share)
+
+    def soft_steps(weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # `learned_factor`, for all units at once: x, its powers and 1 / (1 + x^8).
+        x = scaled @ weights.T
+        x_2 = x.square()
+        x_4 = x_2.square()
+        return x, x_2, x_4, x_4.square().add_(1).reciprocal_()
 
     def residuals() -> torch.Tensor:
-        # `learned_factor`, for all units at once.
-        z = (scaled @ parameters[1].exp().T).square().square().square()
-        factor = 1 + (1 - 1 / (1 + z)) @ parameters[2].exp()
-        return (features @ parameters[0].exp() * factor).log() - log_ms
+        factor = 1 + (1 - soft_steps(log_weights.exp())[-1]) @ log_steps.exp()
+        return (features @ log_coefficients.exp() * factor).log() - log_ms
 
-    with torch.enable_grad():
-        for fit_round in range(_LBFGS_ROUNDS):
-            with torch.no_grad():
-                # What the noise is, is known better after the first round.
-                misfit = residuals() if fit_round else (features @ physical).log() - log_ms
-                noise = _MAD_TO_STANDARD_DEVIATION * misfit.abs().median() + 1e-6
-            optimizer = torch.optim.LBFGS(
-                parameters, max_iter=_LBFGS_ITERATIONS, history_size=30, line_search_fn="strong_wolfe"
-            )
+    for fit_round in range(_LBFGS_ROUNDS):
+        # What the noise is, is known better after the first round.
+        misfit = residuals() if fit_round else (features @ physical).log() - log_ms
+        noise = _MAD_TO_STANDARD_DEVIATION * misfit.abs().median() + 1e-6
+        optimizer = torch.optim.LBFGS(
+            [parameters], max_iter=_LBFGS_ITERATIONS, history_size=30, line_search_fn="strong_wolfe"
+        )
+        best_loss, best = math.inf, parameters.clone()
 
-            best_loss, best = math.inf, [parameter.detach().clone() for parameter in parameters]
+        def loss(noise=noise) -> torch.Tensor:
+            nonlocal best_loss, best
+            coefficients, weights, steps = log_coefficients.exp(), log_weights.exp(), log_steps.exp()
+            x, x_2, x_4, below = soft_steps(weights)
+            above = 1 - below
+            factor = 1 + above @ steps
+            physical_ms = features @ coefficients
+            predicted_ms = physical_ms * factor
+            deviation = (predicted_ms.log() - log_ms) / noise
+            size = deviation.abs()
+            # log(cosh(x)), quadratic for small residuals and linear for outliers.
+            misfit = (size + F.softplus(-2 * size) - math.log(2)).sum()
+            far_steps, far_weights = steps / _STEP_DEVIATION, (log_weights - first_log_weights) / _LOG_WEIGHT_DEVIATION
+            total = (misfit + (far_steps.square().sum() / 2 + far_weights.square().sum() / 2)) / num_rows
 
-            def loss(noise=noise, optimizer=optimizer) -> torch.Tensor:
-                nonlocal best_loss, best
-                optimizer.zero_grad()
-                size = (residuals() / noise).abs()
-                # log(cosh(x)), quadratic for small residuals and linear for outliers.
-                misfit = (size + F.softplus(-2 * size) - math.log(2)).sum()
-                prior = (parameters[2].exp() / _STEP_DEVIATION).square().sum() / 2
-                prior = prior + ((parameters[1] - first_log_weights) / _LOG_WEIGHT_DEVIATION).square().sum() / 2
-                total = (misfit + prior) / num_rows
-                total.backward()
-                if total.item() < best_loss:
-                    best_loss, best = total.item(), [parameter.detach().clone() for parameter in parameters]
-                return total
+            by_size = share - 2 * torch.ops.aten.softplus_backward(shares, -2 * size, 1, 20)
+            by_predicted = by_size * deviation.sgn() / noise / predicted_ms
+            by_factor = by_predicted * physical_ms
+            # Each of the three squares gives a 2.
+            by_x = torch.outer(8 * by_factor, steps).mul_(below.square()).mul_(x_4).mul_(x_2).mul_(x)
+            by_weights = by_x.T @ scaled * weights + far_weights * share / _LOG_WEIGHT_DEVIATION
+            by_steps = above.T @ by_factor * steps + far_steps * share / _STEP_DEVIATION * steps
+            by_coefficients = features.T @ (by_predicted * factor) * coefficients
+            parameters.grad = torch.cat([by_coefficients, by_weights.flatten(), by_steps])
+            if total.item() < best_loss:
+                best_loss, best = total.item(), parameters.clone()
+            return total
 
-            optimizer.step(loss)
-            # Where the loss is flat, a step may be so long that exponentials overflow, and what follows is not a number.
-            if not all(parameter.isfinite().all() for parameter in parameters):
-                with torch.no_grad():
-                    for parameter, value in zip(parameters, best, strict=True):
-                        parameter.copy_(value)
-    return torch.cat([parameters[1].detach().exp() / scale, parameters[2].detach().exp()[:, None]], dim=1)
+        optimizer.step(loss)
+        # Where the loss is flat, a step may be so long that exponentials overflow, and what follows is not a number.
+        if not parameters.isfinite().all():
+            parameters.copy_(best)
+    return torch.cat([log_weights.exp() / scale, log_steps.exp()[:, None]], dim=1)
 
 
 def held_out_folds(profile: Dataset, num_folds: int = 4, seed: int = 42) -> list[tuple[list[int], list[int]]]:

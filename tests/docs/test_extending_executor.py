@@ -27,6 +27,7 @@ TINY = """
 --per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --eval_steps 3 --save_steps 3 --use_cpu true
 --latency_budget_min_ms 30 --latency_budget_max_ms 60 --sweep_budget_fractions 20 40 --disable_tqdm true
 """
+FEW_FITS = "--num_folds 2 --num_units 4"
 
 
 def draw(color: str, side: int) -> Image.Image:
@@ -92,7 +93,7 @@ def test_the_commands_of_the_page_work(folder, monkeypatch):
     for line in block.splitlines():
         python, script, *flags = shlex.split(line)
         assert (python, script) == ("python", "my_controller.py")
-        tiny = shlex.split(TINY) if flags[0] == "train" else []
+        tiny = shlex.split({"train": TINY, "fit-latency": FEW_FITS}.get(flags[0], ""))
         assert main([*flags, *tiny]) == 0, line
 
     estimator = read_latency_estimator(folder / "outputs" / "latency")

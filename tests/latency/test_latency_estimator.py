@@ -219,6 +219,39 @@ def test_an_optimiser_that_goes_astray_costs_nothing(monkeypatch):
     assert error(found) < 1.1 * error(expected) + 1e-3 < plain / 2
 
 
+def test_the_gradient_of_the_fit_is_that_of_its_loss(monkeypatch):
+    """By differences, near where each round ends: it is written out by hand."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 1 + 9 * torch.rand(30, 2, generator=generator)
+    features = torch.cat([torch.ones(30, 1), inputs], dim=1)
+    measured_ms = (2 + inputs.sum(1)) * (1 + 0.5 * (inputs[:, 0] > 5))
+    checked = []
+
+    class Checked(torch.optim.LBFGS):
+        def step(self, closure):
+            super().step(closure)
+            [parameters] = self.param_groups[0]["params"]
+            end = parameters.clone()
+            point = end + 0.2 * torch.randn(len(end), generator=generator)
+
+            def loss_at(values):
+                parameters.copy_(values)
+                return closure().item()
+
+            loss_at(point)
+            found = parameters.grad.clone()
+            steps = 1e-6 * torch.eye(len(end), dtype=torch.float64)
+            expected = [(loss_at(point + step) - loss_at(point - step)) / 2e-6 for step in steps]
+            torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+            assert found.abs().median() > 1e-3  # so that the comparison says something
+            checked.append(len(end))
+            parameters.copy_(end)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Checked)
+    fit_units(features, inputs, measured_ms, 4)
+    assert checked == [3 + 4 * 2 + 4] * 2
+
+
 @pytest.mark.slow
 def test_fit_is_deterministic():
     first, second = (fit_latency_estimator(make_profile(num_inputs=2), num_folds=2, num_units=4) for _ in range(2))

@@ -150,7 +150,7 @@ def test_a_script_says_what_it_left_out(names, tmp_path, capsys):
         "num_inputs": 6,
         "repeats": 1,
         "decode_steps": 1,
-        "time_limit_s": 10,
+        "num_settings": 2,
         "num_threads": 1,
         "output_dir": output_dir,
     }

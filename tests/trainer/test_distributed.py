@@ -11,73 +11,101 @@ from formula_world import SPACE, ColumnRecorder, fits_of, make_controller, make_
 from safetensors.torch import load_file
 
 
-# Two processes of 12 rows: groups of 8 are cut where one process's rows end and the other's begin.
+# One launch for all tests: most of its time is two processes that import what they need.
 PROGRAM = """
-import hashlib, json, sys
-from formula_world import ColumnRecorder, make_collector, make_trainer
+import hashlib, json, os, sys
+from accelerate import PartialState
+from formula_world import ColumnRecorder, make_collector, make_controller, make_dataset, make_guardrail, make_trainer
+from joint_controller.scripts.train import precompute_outcomes
+from safetensors.torch import save_file
+from test_distributed import RUN, RUN_EXACT
 
-folder = sys.argv[1]
-recorder = ColumnRecorder()
-trainer = make_trainer(
-    folder, outcomes=make_collector(folder + "/outcomes"), num_rows=24, per_device_train_batch_size=12,
-    reward_funcs=[recorder], reward_weights=[1.0],
-)
-trainer.train()
-bits = b"".join(value.numpy().tobytes() for value in trainer.model.state_dict().values())
-result = {
-    "sample_ids": [batch["sample_id"] for batch in recorder.batches],
-    "budgets": [batch["latency_budget_ms"] for batch in recorder.batches],
-    "settings": [batch["completions"] for batch in recorder.batches],
-    "digest": hashlib.sha256(bits).hexdigest(),
-    "num_executed": trainer.outcomes.num_executed,
-    "num_outcomes": len(trainer.outcomes.store),
-    "best": trainer.state.best_metric,
-}
-with open(f"{folder}/process_{trainer.accelerator.process_index}.json", "w") as file:
-    json.dump(result, file)
+
+def precompute(folder):
+    outcomes = make_collector(folder + "/outcomes")
+    precompute_outcomes(outcomes, make_dataset(7))
+    return {"num_executed": outcomes.num_executed, "num_outcomes": len(outcomes.store)}
+
+
+def sampled(folder):
+    recorder = ColumnRecorder()
+    trainer = make_trainer(
+        folder, outcomes=make_collector(folder + "/outcomes"), per_device_train_batch_size=12, reward_funcs=[recorder],
+        **RUN,
+    )
+    trainer.train()
+    bits = b"".join(value.numpy().tobytes() for value in trainer.model.state_dict().values())
+    return {
+        "sample_ids": [batch["sample_id"] for batch in recorder.batches],
+        "budgets": [batch["latency_budget_ms"] for batch in recorder.batches],
+        "settings": [batch["completions"] for batch in recorder.batches],
+        "digest": hashlib.sha256(bits).hexdigest(),
+        "num_executed": trainer.outcomes.num_executed,
+        "num_outcomes": len(trainer.outcomes.store),
+        "best": trainer.state.best_metric,
+    }
+
+
+def exact(folder):
+    trainer = make_trainer(
+        folder, make_controller(sees_slack=True), make_collector(folder + "/outcomes"), guardrail=make_guardrail(),
+        per_device_train_batch_size=8, **RUN_EXACT,
+    )
+    trainer.train()
+    save_file(trainer.model.state_dict(), f"{folder}/process_{trainer.accelerator.process_index}.safetensors")
+    return {
+        "answered": [[sample_id, str(setting)] for sample_id, setting in trainer.outcomes.executor.answered],
+        "num_outcomes": len(trainer.outcomes.store),
+        "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
+        "best": trainer.state.best_metric,
+    }
+
+
+index = PartialState(cpu=True).process_index
+for part in (precompute, sampled, exact):
+    folder = f"{sys.argv[1]}/{part.__name__}"
+    os.makedirs(folder, exist_ok=True)
+    result = part(folder)
+    with open(f"{folder}/process_{index}.json", "w") as file:
+        json.dump(result, file)
 """
+# Two processes of 12 rows: groups of 8 are cut where one process's rows end and the other's begin.
+RUN = {"num_rows": 24, "reward_weights": [1.0]}
+# Three steps an epoch, of 16 rows together.
+RUN_EXACT = {"loss": "expected", "num_rows": 48, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1}
 
 
-def launch_two(text, tmp_path):
-    """Runs a program in two processes, each of which writes `process_<index>.json` to the folder that it is given."""
-    program = tmp_path / "program.py"
-    program.write_text(text)
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, tmp_path],
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """A folder, where each of two processes has left `process_<index>.json` in the folder of each part of the program."""
+    folder = tmp_path_factory.mktemp("launched")
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, folder],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert launched.returncode == 0, launched.stderr
-    return [json.loads((tmp_path / f"process_{index}.json").read_text()) for index in range(2)]
+    assert ended.returncode == 0, ended.stderr
+    return folder
 
 
-PRECOMPUTE = """
-import json, sys
-from accelerate import PartialState
-from formula_world import make_collector, make_dataset
-from joint_controller.scripts.train import precompute_outcomes
-
-state = PartialState(cpu=True)
-outcomes = make_collector(sys.argv[1] + "/outcomes")
-precompute_outcomes(outcomes, make_dataset(7))
-result = {"num_executed": outcomes.num_executed, "num_outcomes": len(outcomes.store)}
-with open(f"{sys.argv[1]}/process_{state.process_index}.json", "w") as file:
-    json.dump(result, file)
-"""
+def results_of(folder):
+    return [json.loads((folder / f"process_{index}.json").read_text()) for index in range(2)]
 
 
 @pytest.mark.slow
-def test_two_processes_answer_their_shares_ahead_and_know_those_of_the_other(tmp_path):
-    results = launch_two(PRECOMPUTE, tmp_path)
+def test_two_processes_answer_their_shares_ahead_and_know_those_of_the_other(launched):
+    results = results_of(launched / "precompute")
     assert [result["num_executed"] for result in results] == [4 * len(SPACE), 3 * len(SPACE)]
     assert [result["num_outcomes"] for result in results] == [7 * len(SPACE)] * 2
 
 
 @pytest.mark.slow
-def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
-    first, second = launch_two(PROGRAM, tmp_path)
+def test_two_processes_share_groups_budgets_and_outcomes(launched, tmp_path):
+    first, second = results_of(launched / "sampled")
     assert first["digest"] == second["digest"]
     assert first["best"] == second["best"]
     assert first["num_executed"] and second["num_executed"]
@@ -99,43 +127,15 @@ def test_two_processes_share_groups_budgets_and_outcomes(tmp_path):
 
     # Decisions do not depend on the number of processes: one process with all the rows begins with the same ones.
     recorder = ColumnRecorder()
-    alone = make_trainer(
-        tmp_path / "alone", num_rows=24, per_device_train_batch_size=24, reward_funcs=[recorder], reward_weights=[1.0]
-    )
+    alone = make_trainer(tmp_path / "alone", per_device_train_batch_size=24, reward_funcs=[recorder], **RUN)
     alone.train()
     begin = recorder.batches[0]
     assert training[0] == (begin["sample_id"], begin["latency_budget_ms"], begin["completions"])
 
 
-PROGRAM_EXACT = """
-import json, sys
-from formula_world import make_collector, make_controller, make_guardrail, make_trainer
-from safetensors.torch import save_file
-from test_distributed import RUN_EXACT
-
-folder = sys.argv[1]
-trainer = make_trainer(
-    folder, make_controller(sees_slack=True), make_collector(folder + "/outcomes"), guardrail=make_guardrail(),
-    per_device_train_batch_size=8, **RUN_EXACT,
-)
-trainer.train()
-save_file(trainer.model.state_dict(), f"{folder}/process_{trainer.accelerator.process_index}.safetensors")
-result = {
-    "answered": [[sample_id, str(setting)] for sample_id, setting in trainer.outcomes.executor.answered],
-    "num_outcomes": len(trainer.outcomes.store),
-    "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
-    "best": trainer.state.best_metric,
-}
-with open(f"{folder}/process_{trainer.accelerator.process_index}.json", "w") as file:
-    json.dump(result, file)
-"""
-# Three steps an epoch, of 16 rows together.
-RUN_EXACT = {"loss": "expected", "num_rows": 48, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1}
-
-
 @pytest.mark.slow
-def test_two_processes_train_on_all_outcomes_as_one_with_twice_the_batch(tmp_path):
-    first, second = launch_two(PROGRAM_EXACT, tmp_path)
+def test_two_processes_train_on_all_outcomes_as_one_with_twice_the_batch(launched, tmp_path):
+    first, second = results_of(launched / "exact")
     answered = [tuple(pair) for result in (first, second) for pair in result["answered"]]
     assert len(answered) == len(set(answered)) == first["num_outcomes"] == second["num_outcomes"]
     assert first["answered"] and second["answered"]
@@ -160,7 +160,7 @@ def test_two_processes_train_on_all_outcomes_as_one_with_twice_the_batch(tmp_pat
         for sample_id, setting in answered
         if sample_id in types
     )
-    states = [load_file(tmp_path / f"process_{index}.safetensors") for index in range(2)]
+    states = [load_file(launched / "exact" / f"process_{index}.safetensors") for index in range(2)]
     for name, value in alone.model.state_dict().items():
         if name in states[0]:
             assert torch.equal(states[0][name], states[1][name])
