@@ -1,13 +1,13 @@
 """The way through a controller for requests: look at the questions, decide stage 1, look at the images, decide stage 2."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from .controller import BatchController, RequestController, SettingFit, StageTable
+from .controller import BatchController, RequestController, RequestFit, SettingFit
 from .executor import ExecutorRequest, FeatureSource
-from .knobs import KnobSetting, KnobSpace
+from .knobs import KnobSetting
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class Decisions:
 
 @torch.no_grad()
 def decide(
-    chooser: BatchController | RequestController,
+    chooser: BatchController,
     features: FeatureSource | None,
     requests: Sequence[ExecutorRequest],
-    latency_budget_ms: torch.Tensor | float,
+    latency_budget_ms: torch.Tensor,
     fit: SettingFit | None = None,
 ) -> Decisions:
     """
     Decides the settings of requests under their budgets.
 
     Args:
-        chooser ([`BatchController`] or [`RequestController`]):
-            Takes the decisions: for any number of requests, likeliest or sampled; or for one request, as fast as it goes.
+        chooser ([`BatchController`]):
+            Takes the decisions, likeliest or sampled.
         features ([`FeatureSource`], *optional*):
             Gives what the controller sees. `None` for a controller that sees the budget alone.
         requests (`Sequence[ExecutorRequest]`):
             n requests. Their settings are not looked at.
-        latency_budget_ms (`torch.Tensor` of shape `(n,)`, or `float` for a [`RequestController`]):
+        latency_budget_ms (`torch.Tensor` of shape `(n,)`):
             Budgets in ms.
         fit ([`SettingFit`], *optional*):
             Settings to choose from, and how much of the budget each is predicted to leave. By default all, for a controller
@@ -78,8 +78,8 @@ def decide(
         question_features = features.question_features([request.question for request in requests]).to(device)
     first = chooser.choose_stage1(question_features, latency_budget_ms, fit)
     if controller.sees_image:
-        encoded_as = _settings_of_stage1(space, controller.table, first)
-        asked = [replace(request, setting=setting) for request, setting in zip(requests, encoded_as, strict=True)]
+        encoded_as = [controller.table.settings_of_first[choice] for choice in first.tolist()]
+        asked = [request.at(setting) for request, setting in zip(requests, encoded_as, strict=True)]
         vision_features = features.vision_features(asked).to(device)
     second = chooser.choose_stage2(vision_features)
     positions = controller.table.positions[first.cpu(), second.cpu()].tolist()
@@ -94,12 +94,32 @@ def decide(
     )
 
 
-def _settings_of_stage1(space: KnobSpace, table: StageTable, first: torch.Tensor) -> list[KnobSetting]:
-    """Settings with the values that stage 1 took, and the cheapest of the other knobs."""
-    knobs = [space.knobs[position] for position in space.decided_by(1)]
-    return [
-        KnobSetting(
-            {**space.cheapest, **{knob.name: knob.values[index] for knob, index in zip(knobs, row, strict=True)}}
-        )
-        for row in table.values[0][first.cpu()].tolist()
-    ]
+def decide_one(
+    chooser: RequestController,
+    features: FeatureSource | None,
+    request: ExecutorRequest,
+    latency_budget_ms: float,
+    fit: RequestFit | None = None,
+) -> KnobSetting:
+    """
+    Decides the setting of one request, as fast as it goes. Arguments are those of [`~joint_controller.decisions.decide`], for
+    the one.
+
+    Returns:
+        [`KnobSetting`]
+
+    Example:
+
+    ```python
+    >>> decide_one(RequestController(controller), opened, request, latency_budget_ms=20.0)
+    KnobSetting(tier='low', depth=4)
+    ```
+    """
+    question_features = vision_features = None
+    if chooser.sees_question:
+        question_features = features.question_features([request.question])
+    first = chooser.choose_stage1(question_features, latency_budget_ms, fit)
+    if chooser.sees_image:
+        vision_features = features.vision_features([request.at(chooser.controller.table.settings_of_first[first])])
+    second = chooser.choose_stage2(vision_features)
+    return chooser.setting(first, second)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .controller import RequestController
-from .decisions import decide
+from .decisions import decide_one
 from .executor import (
     DECODE,
     MODEL_SCOPE,
@@ -24,7 +24,7 @@ from .executor import (
     executor_family,
 )
 from .knobs import KnobSetting
-from .latency.guardrail import Guardrail, LatencyPrediction
+from .latency.guardrail import Guardrail, RequestPrediction
 from .latency.profile_inputs import make_profile_inputs
 from .latency.request_costs import RequestCosts
 from .latency.tracking import LatencyTracker
@@ -181,20 +181,19 @@ class RequestPath:
         else:
             fit, typical_budget_ms = None, left_ms
             if prediction is not None:
-                runnable_ms = self.guardrail.runnable_ms(prediction)
-                typical_budget_ms, fit = self.guardrail.fit(runnable_ms, left_ms, self._upper_ratio())
-                fits_budget = None if self.guardrail.quantile is None else fit.fits_budget.item()
+                typical_budget_ms, fit = self.guardrail.fit_one(prediction, left_ms, self._upper_ratio())
+                fits_budget = None if self.guardrail.quantile is None else fit.fits_budget
             features = opened if setting is None else _EncodedAt(opened, setting)
-            [chosen] = decide(self.controller, features, [request], typical_budget_ms, fit).settings
+            chosen = decide_one(self.controller, features, request, typical_budget_ms, fit)
             setting = chosen if setting is None else setting
         output = opened.answer(setting, decode_steps)
         typical_ms = latency_ms = latency_upper_ms = None
         if prediction is not None:
             position = self.executor.knob_space.index(setting)
-            typical_ms = prediction.typical_ms(0, position, output.output_tokens)
+            typical_ms = prediction.typical_ms(position, output.output_tokens)
             latency_ms = counted_ms + typical_ms * (1.0 if self.tracker is None else self.tracker.factor)
             if self.guardrail.quantile is not None:
-                latency_upper_ms = counted_ms + self._upper_ratio() * float(prediction.all_tokens_ms[0, position])
+                latency_upper_ms = counted_ms + self._upper_ratio() * prediction.all_tokens_ms[position]
         times = clock.stop(OVERHEAD)
         decode_ms = times.pop(DECODE, [])
         stage_ms = {stage: sum(times[stage]) for stage in times}
@@ -209,9 +208,9 @@ class RequestPath:
             self.tracker.add((measured_ms - counted_ms) / typical_ms, is_over)
         return PathAnswer(output, fits_budget, stage_times, measured_ms, latency_ms, latency_upper_ms)
 
-    def _predict(self, request: ExecutorRequest, opened: OpenRequest) -> LatencyPrediction:
-        prediction = self.guardrail.predict([request], opened)
-        fewest, most = prediction.prompt_range[0], self.executor.max_prompt_tokens
+    def _predict(self, request: ExecutorRequest, opened: OpenRequest) -> RequestPrediction:
+        prediction = self.guardrail.predict_one(request, opened)
+        fewest, most = min(prediction.prompt_tokens), self.executor.max_prompt_tokens
         if fewest > most:
             raise ValueError(
                 f"the prompt of the question has {fewest} tokens, those of the image at the setting that needs fewest included, "

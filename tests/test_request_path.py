@@ -4,7 +4,6 @@ import gc
 import time
 
 import pytest
-import torch
 from molmo_knobs import molmo_setting
 from PIL import Image
 
@@ -88,21 +87,19 @@ def test_times_are_medians_at_the_requests_setting(executor, image):
 
 
 def test_the_controllers_time_is_apart(executor, image):
-    class Slow(torch.nn.Module):
-        def __init__(self, stage, seconds):
-            super().__init__()
-            self.stage, self.seconds = stage, seconds
+    class Slow(RequestController):
+        def choose_stage1(self, *inputs):
+            time.sleep(0.4)
+            return super().choose_stage1(*inputs)
 
-        def forward(self, *inputs):
-            time.sleep(self.seconds)
-            return self.stage(*inputs)
+        def choose_stage2(self, *inputs):
+            time.sleep(0.6)
+            return super().choose_stage2(*inputs)
 
     model = new_controller(executor)
-    path = RequestPath(executor, RequestController(model))
     request = ExecutorRequest("one", image, QUESTION, "vqa2", executor.knob_space.cheapest)
-    quick = path.time(request, repeats=3, decode_steps=2)
-    model.stage1, model.stage2 = Slow(model.stage1, 0.4), Slow(model.stage2, 0.6)
-    slow = path.time(request, repeats=1, warmup=0, decode_steps=2)
+    quick = RequestPath(executor, RequestController(model)).time(request, repeats=3, decode_steps=2)
+    slow = RequestPath(executor, Slow(model)).time(request, repeats=1, warmup=0, decode_steps=2)
     assert 0 < quick.stage_ms["controller"] < 400 and 1000 <= slow.stage_ms["controller"] < 2000
     others = [ms for stage, ms in slow.stage_ms.items() if stage != "controller"]
     assert max(*others, *slow.decode_ms) < 400

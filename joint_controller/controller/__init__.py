@@ -7,7 +7,7 @@ from .configuration_joint_controller import JointControllerConfig
 from .loading import find_controller_folder, load_controller
 from .modeling_joint_controller import JointControllerModel, JointControllerOutput
 from .request_controller import RequestController
-from .setting_fit import SettingFit
+from .setting_fit import RequestFit, SettingFit
 from .stage_table import StageTable, knob_log_probs
 
 
@@ -17,6 +17,7 @@ __all__ = [
     "JointControllerModel",
     "JointControllerOutput",
     "RequestController",
+    "RequestFit",
     "SettingFit",
     "StageTable",
     "find_controller_folder",

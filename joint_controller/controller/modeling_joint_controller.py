@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..knobs import STAGES, KnobSpace
 from .configuration_joint_controller import JointControllerConfig
-from .setting_fit import SettingFit
+from .setting_fit import RequestFit, SettingFit
 from .stage_table import StageTable
 
 
@@ -309,7 +309,7 @@ class JointControllerModel(PreTrainedModel):
         Raises:
             ValueError: If the controller sees slack and there is none.
         """
-        self._check_fit(fit)
+        self.check_fit(fit)
         if not self.table.sizes[0]:
             return latency_budget_ms.new_zeros(len(latency_budget_ms), 1, dtype=self.dtype)
         slack = fit.slack if self.config.sees_slack else None
@@ -348,7 +348,7 @@ class JointControllerModel(PreTrainedModel):
         Raises:
             ValueError: If the controller sees slack and there is none.
         """
-        self._check_fit(fit)
+        self.check_fit(fit)
         if not self.table.sizes[1]:
             return latency_budget_ms.new_zeros(len(latency_budget_ms), 1, dtype=self.dtype)
         left = self.setting_positions[first]  # (n, choices of stage 2), settings that stage 1 left
@@ -356,7 +356,8 @@ class JointControllerModel(PreTrainedModel):
         scores = self.stage2(vision_features, question_features, latency_budget_ms, self.first_values[first], slack)
         return scores if fit is None else _masked(scores, fit.fits.gather(1, left))
 
-    def _check_fit(self, fit: SettingFit | None) -> None:
+    def check_fit(self, fit: SettingFit | RequestFit | None) -> None:
+        """Refuses (`ValueError`) that there is no `fit` for a controller that sees it."""
         if self.config.sees_slack and fit is None:
             raise ValueError(
                 "the controller was made to see what fits a request: give `fit`, which `Guardrail.fit` predicts, or make a "

@@ -1,51 +1,41 @@
 """The controller for one request at a time, as in serving: what it takes adds to every answer."""
 
-from collections.abc import Callable
-
 import torch
 
+from ..knobs import KnobSetting
+from .captured_stages import CapturedStages
+from .host_stages import HostStages
 from .modeling_joint_controller import JointControllerModel
-from .setting_fit import SettingFit
-
-
-NUM_WARM_UPS = 3
-"""Calls of a stage before it is captured, in which CUDA libraries allocate what they need."""
+from .setting_fit import RequestFit, SettingFit
 
 
 class RequestController:
     """
-    Takes the likeliest decisions for single requests. On a CUDA device each stage is one captured graph: its two dozen
-    small kernels take less time than the host needs to launch them one by one.
+    Takes the likeliest decisions for single requests: on a CUDA device by [`CapturedStages`], else by [`HostStages`].
 
     Args:
         controller ([`JointControllerModel`]):
             The controller, on its device. Its weights must not be replaced afterwards.
 
-    Example: see [`~joint_controller.decisions.decide`].
+    Attributes:
+        sees_question, sees_image (`bool`):
+            As in [`JointControllerModel`].
+
+    Example: see [`~joint_controller.decisions.decide_one`].
     """
 
     def __init__(self, controller: JointControllerModel):
         self.controller = controller.eval()
-        place = {"device": controller.device}
-        num_settings = len(controller.knob_space)
-        self._question = torch.zeros(1, controller.config.question_size, **place)
-        self._vision = torch.zeros(1, controller.config.vision_size, **place)
-        # In float32, also where the configuration has whole milliseconds.
-        self._budget_ms = torch.full((1,), float(controller.config.latency_budget_max_ms), **place)
-        is_on_gpu = controller.device.type == "cuda"
-        # One copy to the device for both.
-        self._fit = torch.ones(2, num_settings, **place)
-        self._fit_on_host = torch.ones(2, num_settings, pin_memory=is_on_gpu)
-        self._is_masked = False
-        self._first_on_device = torch.zeros(1, dtype=torch.long, **place)
-        # Decisions as places among the choices of a stage, where the host can read them as soon as the device is done.
-        self._first, self._second = (torch.zeros(1, dtype=torch.long, pin_memory=is_on_gpu) for _ in range(2))
-        self._run_stage1 = self._captured(self._stage1) if is_on_gpu else self._stage1
-        self._run_stage2 = self._captured(self._stage2) if is_on_gpu else self._stage2
+        self.sees_question, self.sees_image = controller.sees_question, controller.sees_image
+        self._positions: list[list[int]] = controller.table.positions.tolist()
+        self._stages = (CapturedStages if controller.device.type == "cuda" else HostStages)(controller)
 
     def choose_stage1(
-        self, question_features: torch.Tensor | None, latency_budget_ms: float, fit: SettingFit | None = None
-    ) -> torch.Tensor:
+        self,
+        question_features: torch.Tensor | None,
+        latency_budget_ms: float,
+        fit: RequestFit | SettingFit | None = None,
+    ) -> int:
         """
         Stage 1 of a request.
 
@@ -54,35 +44,21 @@ class RequestController:
                 As in [`JointControllerModel.score_stage1`]. `None` for a controller that does not see it.
             latency_budget_ms (`float`):
                 Budget in ms.
-            fit ([`SettingFit`], *optional*):
-                Settings of the request to choose from in both stages, on the CPU, see [`~latency.Guardrail`]. By default
-                all.
+            fit ([`RequestFit`], or [`SettingFit`] of one request, *optional*):
+                Settings to choose from in both stages, see [`~latency.Guardrail`]. By default all.
 
         Returns:
-            `torch.LongTensor` of shape `(1,)`: position among the choices of the stage, on the CPU. The next request
-            overwrites it.
+            `int`: position among the choices of the stage, see [`StageTable`].
 
         Raises:
             ValueError: If the controller sees what fits and it is not given.
         """
-        if fit is None and self.controller.config.sees_slack:
-            self.controller.score_stage1(question_features, self._budget_ms, None)  # says what is missing
-        with torch.inference_mode():
-            if question_features is not None:
-                self._question.copy_(question_features)
-            self._budget_ms.fill_(latency_budget_ms)
-            if fit is not None:
-                self._fit_on_host[0].copy_(fit.fits[0])
-                self._fit_on_host[1].copy_(fit.slack[0])
-                # What the last request copied from there has been waited for.
-                self._fit.copy_(self._fit_on_host, non_blocking=True)
-            elif self._is_masked:
-                self._fit.fill_(1.0)
-            self._is_masked = fit is not None
-            self._run_stage1()
-            return self._first
+        self.controller.check_fit(fit)
+        if isinstance(fit, SettingFit):
+            fit = fit.of_one()
+        return self._stages.choose_stage1(question_features, latency_budget_ms, fit)
 
-    def choose_stage2(self, vision_features: torch.Tensor | None) -> torch.Tensor:
+    def choose_stage2(self, vision_features: torch.Tensor | None) -> int:
         """
         Stage 2 of the request that [`~RequestController.choose_stage1`] was last called for.
 
@@ -91,44 +67,10 @@ class RequestController:
                 As in [`JointControllerModel.score_stage2`]. `None` for a controller that does not see it.
 
         Returns:
-            `torch.LongTensor` of shape `(1,)`: position among the choices of the stage, on the CPU. The next request
-            overwrites it.
+            `int`: position among the choices of the stage.
         """
-        with torch.inference_mode():
-            if vision_features is not None:
-                self._vision.copy_(vision_features)
-            self._run_stage2()
-            return self._second
+        return self._stages.choose_stage2(vision_features)
 
-    def _setting_fit(self) -> SettingFit:
-        fits = self._fit[:1] > 0
-        return SettingFit(fits, self._fit[1:], fits[:, 0])
-
-    def _stage1(self) -> None:
-        scores = self.controller.score_stage1(self._question, self._budget_ms, self._setting_fit())
-        self._first_on_device.copy_(scores.argmax(dim=-1))
-        self._first.copy_(self._first_on_device, non_blocking=True)
-
-    def _stage2(self) -> None:
-        scores = self.controller.score_stage2(
-            self._vision, self._question, self._budget_ms, self._first_on_device, self._setting_fit()
-        )
-        self._second.copy_(scores.argmax(dim=-1), non_blocking=True)
-
-    @torch.inference_mode()
-    def _captured(self, stage: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream(self.controller.device)
-        stream.wait_stream(torch.cuda.current_stream(self.controller.device))
-        with torch.cuda.stream(stream):
-            for _ in range(NUM_WARM_UPS):
-                stage()
-        torch.cuda.current_stream(self.controller.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            stage()
-
-        def run() -> None:
-            graph.replay()
-            torch.cuda.current_stream(self.controller.device).synchronize()
-
-        return run
+    def setting(self, first: int, second: int) -> KnobSetting:
+        """The setting of a pair of choices."""
+        return self.controller.knob_space.settings[self._positions[first][second]]

@@ -1,5 +1,7 @@
 """Which settings fit the budgets of requests: what a controller may choose from, and how much time each would leave."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +54,33 @@ class SettingFit:
     def to(self, device: torch.device) -> "SettingFit":
         """The same on a device."""
         return SettingFit(self.fits.to(device), self.slack.to(device), self.fits_budget.to(device))
+
+    def of_one(self) -> "RequestFit":
+        """That of the only request."""
+        [fits], [slack], [fits_budget] = self.fits.tolist(), self.slack.tolist(), self.fits_budget.tolist()
+        return RequestFit(fits, slack, fits_budget)
+
+
+@dataclass(frozen=True)
+class RequestFit:
+    """
+    A [`SettingFit`] of one request, in plain numbers.
+
+    Args:
+        fits (`list[bool]`), slack (`list[float]`), fits_budget (`bool`):
+            As in [`SettingFit`].
+    """
+
+    fits: list[bool]
+    slack: list[float]
+    fits_budget: bool
+
+    @classmethod
+    def of(cls, latency_ms: Sequence[float], latency_budget_ms: float, is_masked: bool = True) -> "RequestFit":
+        """As [`SettingFit.of`]."""
+        fits = [ms <= latency_budget_ms for ms in latency_ms]
+        fits_budget = any(fits)
+        if not is_masked:
+            fits = [math.isfinite(ms) for ms in latency_ms]
+        fits[0] |= not any(fits)
+        return cls(fits, [max(-1.0, min(1.0, 1.0 - ms / latency_budget_ms)) for ms in latency_ms], fits_budget)

@@ -29,6 +29,9 @@ class StageTable:
             For each choice of stage 1, and of stage 2, the position of each value among the values of its knob.
         setting_values (`torch.LongTensor` of shape `(settings, knobs)`):
             The same for each setting, knobs and settings in the order of the knob space.
+        settings_of_first (`tuple[KnobSetting, ...]`):
+            For each choice of stage 1, the setting with its values and the cheapest of the other knobs: what images are
+            encoded at.
     """
 
     def __init__(self, knob_space: KnobSpace):
@@ -40,6 +43,8 @@ class StageTable:
         self.positions = all_positions.permute(*knobs[0], *knobs[1]).reshape(self.num_choices)
         self.values = tuple(_every_choice(sizes) for sizes in self.sizes)
         self.setting_values = _every_choice(knob_space.sizes)
+        # Every knob's cheapest value is its first, so the first choice of stage 2 has them.
+        self.settings_of_first = tuple(knob_space.settings[position] for position in self.positions[:, 0].tolist())
 
 
 def _every_choice(sizes: Sequence[int]) -> torch.Tensor:

@@ -2,52 +2,45 @@
 
 import math
 import operator
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 
 import torch
 
-from ..controller import SettingFit
+from ..controller import RequestFit, SettingFit
 from ..executor import Executor, ExecutorRequest, InputCounter, OpenRequest
 from .latency_estimator import LatencyEstimator
+from .modeling_latency_estimator import LatencyEstimatorModel
+from .setting_latencies import SettingLatencies
 
 
 TYPICAL_QUANTILE = 0.5
 """Half of the requests take less than is typical."""
 
-KNOWN_PREDICTIONS = 1024
-"""Predictions for single requests that are kept, by the sizes of their inputs: half a kilobyte each."""
-
 
 @dataclass(frozen=True)
-class LatencyPrediction:
+class RequestPrediction:
     """
-    What n requests are predicted to take at each setting, in the order of the knob space.
+    What one request is predicted to take at each setting, in the order of the knob space.
 
     Args:
-        first_token_ms, all_tokens_ms (`torch.Tensor` of shape `(n, settings)`):
-            Typical latency with an answer of one token, and of the executor's `max_new_tokens`, in ms, on the CPU.
-        prompt_tokens (`torch.Tensor` of shape `(n, settings)`):
+        first_token_ms, all_tokens_ms (`Sequence[float]`):
+            Typical latency with an answer of one token, and of the executor's `max_new_tokens`, in ms.
+        prompt_tokens (`Sequence[int]`):
             Length of the prompt.
         max_new_tokens (`int`):
             That of the executor.
     """
 
-    first_token_ms: torch.Tensor
-    all_tokens_ms: torch.Tensor
-    prompt_tokens: torch.Tensor
+    first_token_ms: Sequence[float]
+    all_tokens_ms: Sequence[float]
+    prompt_tokens: Sequence[int]
     max_new_tokens: int
 
-    @cached_property
-    def prompt_range(self) -> tuple[int, int]:
-        """Length of the shortest and of the longest prompt."""
-        return int(self.prompt_tokens.min()), int(self.prompt_tokens.max())
-
-    def typical_ms(self, request: int, setting: int, output_tokens: int) -> float:
-        """Typical latency of a request at a setting, by their positions, with an answer of so many tokens."""
-        first, all_tokens = (float(ms[request, setting]) for ms in (self.first_token_ms, self.all_tokens_ms))
+    def typical_ms(self, setting: int, output_tokens: int) -> float:
+        """Typical latency at a setting, by its position, with an answer of so many tokens."""
+        first, all_tokens = self.first_token_ms[setting], self.all_tokens_ms[setting]
         return first + (all_tokens - first) * (output_tokens - 1) / max(1, self.max_new_tokens - 1)
 
 
@@ -86,10 +79,9 @@ class Guardrail:
         self.latency_estimator = latency_estimator
         self.executor = executor
         self.quantile = quantile
-        self._known: OrderedDict[tuple, LatencyPrediction] = OrderedDict()
         # What cannot be predicted is refused now rather than at the first request.
         settings, names = executor.knob_space.settings, executor.count_names
-        self._token_rows = [row for row, name in enumerate(names) if name.endswith("_tokens")]
+        self._token_places = [place for place, name in enumerate(names) if name.endswith("_tokens")]
         ones = dict.fromkeys(names, torch.ones(len(settings)))
         answer = torch.tensor(executor.max_new_tokens)
         typical_ms = latency_estimator.predict_latency_ms(settings, ones, answer)
@@ -99,70 +91,45 @@ class Guardrail:
         elif quantile is not None:
             upper_ms = latency_estimator.predict_latency_ms(settings, ones, answer, quantile)
             self.upper_ratio = (upper_ms.double() / typical_ms.double()).max().item()
+        self._setting_latencies = None
+        if isinstance(latency_estimator, LatencyEstimatorModel):
+            answers = 1, executor.max_new_tokens
+            self._setting_latencies = SettingLatencies(latency_estimator, settings, names, answers)
 
     @torch.inference_mode()
-    def predict(
-        self, requests: Sequence[ExecutorRequest], counter: InputCounter | OpenRequest | None = None
-    ) -> LatencyPrediction:
+    def typical_ms(self, requests: Sequence[ExecutorRequest], counter: InputCounter | None = None) -> torch.Tensor:
         """
-        Typical latencies of requests at each setting.
+        The typical latency of each request at each setting, with an answer of all tokens.
 
         Args:
             requests (`Sequence[ExecutorRequest]`):
                 n requests. Their settings are not looked at, nor their pixels.
-            counter ([`InputCounter`] or [`OpenRequest`], *optional*):
+            counter ([`InputCounter`], *optional*):
                 Counts their inputs. By default the executor.
-
-        Returns:
-            [`LatencyPrediction`]
-        """
-        counter = self.executor if counter is None else counter
-        counted = [counter.count_inputs(request, self.executor.knob_space.settings) for request in requests]
-        if len(counted) != 1:
-            return self._predict(counted)
-        # Images of few sizes and questions of few lengths come again and again.
-        key = tuple(map(tuple, counted[0].values()))
-        if key not in self._known:
-            while len(self._known) >= KNOWN_PREDICTIONS:
-                self._known.popitem(last=False)
-            self._known[key] = self._predict(counted)
-        self._known.move_to_end(key)
-        return self._known[key]
-
-    def _predict(self, counted: Sequence[Mapping[str, Sequence[int]]]) -> LatencyPrediction:
-        settings, names, most = (
-            self.executor.knob_space.settings,
-            self.executor.count_names,
-            self.executor.max_new_tokens,
-        )
-        # Each request once with the shortest and once with the longest answer, in one call; and one tensor for all counts,
-        # as estimators compute: for a single request, what it costs to make each would be felt.
-        values = torch.tensor(
-            [[counts[name] for counts in (*counted, *counted)] for name in names], dtype=torch.float32
-        )
-        prompt_tokens = reduce(operator.add, [values[row, : len(counted)] for row in self._token_rows])
-        output_tokens = torch.tensor([[1]] * len(counted) + [[most]] * len(counted))
-        counts = dict(zip(names, values.unbind(), strict=True))
-        latency_ms = self.latency_estimator.predict_latency_ms(settings, counts, output_tokens).cpu()
-        return LatencyPrediction(*latency_ms.chunk(2), prompt_tokens, most)
-
-    def predict_latency_ms(
-        self, requests: Sequence[ExecutorRequest], counter: InputCounter | OpenRequest | None = None
-    ) -> torch.Tensor:
-        """
-        The upper quantile of the latency of each request at each setting. Arguments are those of [`~Guardrail.predict`].
 
         Returns:
             `torch.Tensor` of shape `(n, settings)`: ms, in the order of the knob space, on the CPU; infinite where the
             prompt is longer than the executor takes.
         """
-        return self.typical_ms(requests, counter) * (self.upper_ratio or 0.0)
+        executor = self.executor
+        counter = executor if counter is None else counter
+        settings, names = executor.knob_space.settings, executor.count_names
+        counted = [counter.count_inputs(request, settings) for request in requests]
+        counts = {
+            name: torch.tensor([one[name] for one in counted], dtype=torch.float32).view(len(counted), len(settings))
+            for name in names
+        }
+        latency_ms = self.latency_estimator.predict_latency_ms(
+            settings, counts, torch.tensor(executor.max_new_tokens)
+        ).cpu()
+        prompt_tokens = reduce(operator.add, [counts[names[place]] for place in self._token_places])
+        return latency_ms.masked_fill(prompt_tokens > executor.max_prompt_tokens, math.inf)
 
-    def typical_ms(
-        self, requests: Sequence[ExecutorRequest], counter: InputCounter | OpenRequest | None = None
+    def predict_latency_ms(
+        self, requests: Sequence[ExecutorRequest], counter: InputCounter | None = None
     ) -> torch.Tensor:
-        """As [`~Guardrail.predict_latency_ms`], but the typical latency, with an answer of all tokens."""
-        return self.runnable_ms(self.predict(requests, counter))
+        """As [`~Guardrail.typical_ms`], but the upper quantile of the latency."""
+        return self.typical_ms(requests, counter) * (self.upper_ratio or 0.0)
 
     def fit(
         self, typical_ms: torch.Tensor, latency_budget_ms: torch.Tensor | float, upper_ratio: float | None = None
@@ -188,9 +155,48 @@ class Guardrail:
             latency_budget_ms = latency_budget_ms / (self.upper_ratio if upper_ratio is None else upper_ratio)
         return latency_budget_ms, SettingFit.of(typical_ms, latency_budget_ms, is_masked)
 
-    def runnable_ms(self, prediction: LatencyPrediction) -> torch.Tensor:
-        """Typical latencies with all tokens, infinite where the prompt is longer than the executor takes."""
-        most = self.executor.max_prompt_tokens
-        if prediction.prompt_range[1] <= most:
-            return prediction.all_tokens_ms
-        return prediction.all_tokens_ms.masked_fill(prediction.prompt_tokens > most, math.inf)
+    # One request, in plain numbers: what it costs to make tensors of them would be felt.
+
+    def predict_one(
+        self, request: ExecutorRequest, counter: InputCounter | OpenRequest | None = None
+    ) -> RequestPrediction:
+        """
+        Typical latencies of one request at each setting, as fast as it goes.
+
+        Args:
+            request ([`ExecutorRequest`]):
+                The request. Its setting is not looked at, nor its pixels.
+            counter ([`InputCounter`] or [`OpenRequest`], *optional*):
+                Counts its inputs. By default the executor.
+
+        Returns:
+            [`RequestPrediction`]
+        """
+        executor = self.executor
+        settings, names, answers = executor.knob_space.settings, executor.count_names, (1, executor.max_new_tokens)
+        counts = (executor if counter is None else counter).count_inputs(request, settings)
+        rows = list(zip(*[counts[name] for name in names], strict=True))
+        if self._setting_latencies is not None:
+            latency_ms = self._setting_latencies.predict(rows)
+        else:
+            of_both = {name: [counts[name]] * len(answers) for name in names}
+            output_tokens = [[tokens] for tokens in answers]
+            latency_ms = self.latency_estimator.predict_latency_ms(settings, of_both, output_tokens).tolist()
+        lengths = {row: sum([row[place] for place in self._token_places]) for row in dict.fromkeys(rows)}
+        prompt_tokens = [lengths[row] for row in rows]
+        return RequestPrediction(*latency_ms, prompt_tokens, executor.max_new_tokens)
+
+    def fit_one(
+        self, prediction: RequestPrediction, latency_budget_ms: float, upper_ratio: float | None = None
+    ) -> tuple[float, RequestFit]:
+        """As [`~Guardrail.fit`], for one request."""
+        is_masked, most = self.quantile is not None, self.executor.max_prompt_tokens
+        if is_masked:
+            latency_budget_ms = latency_budget_ms / (self.upper_ratio if upper_ratio is None else upper_ratio)
+        latency_ms = prediction.all_tokens_ms
+        if max(prediction.prompt_tokens) > most:
+            latency_ms = [
+                ms if tokens <= most else math.inf
+                for ms, tokens in zip(latency_ms, prediction.prompt_tokens, strict=True)
+            ]
+        return latency_budget_ms, RequestFit.of(latency_ms, latency_budget_ms, is_masked)

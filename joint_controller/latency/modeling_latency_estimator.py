@@ -53,7 +53,8 @@ class LatencyEstimatorOutput(ModelOutput):
     stage_ms: dict[str, torch.FloatTensor] | None = None
 
 
-def _weighted_sum(coefficients: Sequence[torch.Tensor], features: Sequence[torch.Tensor]) -> torch.Tensor:
+def weighted_sum(coefficients: Sequence[torch.Tensor | float], features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of features, each times its coefficient."""
     # Term by term rather than as a matrix product, whose order of additions may differ between rows: rounding must not
     # make a larger setting cheaper.
     return reduce(operator.add, map(operator.mul, coefficients, features))
@@ -81,7 +82,7 @@ def learned_factors(units: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     total = 1.0
     for group in units.view(*units.shape, *[1] * (inputs.dim() - 3)).split(together, dim=1):
         *weights, steps = group.unbind(2)
-        z = _weighted_sum(weights, inputs.unbind(2))
+        z = weighted_sum(weights, inputs.unbind(2))
         for _ in range(3):
             z = z * z
         # Written so that each operation is monotone after rounding, too; a plain sum may add up in another order elsewhere.
@@ -243,7 +244,7 @@ class LatencyEstimatorModel(PreTrainedModel):
         values = torch.stack(torch.broadcast_tensors(*values))
         features, inputs = (values[places] for places in self._places)  # (stages, features or inputs, ...)
         coefficients = coefficients.view(*coefficients.shape, *[1] * (features.dim() - 2))
-        physical_ms = _weighted_sum(coefficients.unbind(1), features.unbind(1))
+        physical_ms = weighted_sum(coefficients.unbind(1), features.unbind(1))
         return (physical_ms * learned_factors(units, inputs)).unbind()
 
     def _sums(self, stage_ms: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -60,16 +60,33 @@ class RequestCosts:
     @cached_property
     def count_names(self) -> tuple[str, ...]:
         """The family's counts that the stages in scope look at."""
-        looked_at = set()
+        looked_at = set().union(*map(self.looked_at, self.stages))
+        return tuple(name for name in self.cost_model.count_names if name in looked_at)
+
+    def looked_at(self, stage: str) -> set[str]:
+        """Names of the columns that a stage looks at."""
+        names = set()
 
         class Columns(dict):
             def __missing__(self, name: str) -> torch.Tensor:
-                looked_at.add(name)
+                names.add(name)
                 return torch.ones(1)
 
-        for stage in self.stages:
-            self.terms(stage, Columns())
-        return tuple(name for name in self.cost_model.count_names if name in looked_at)
+        self.terms(stage, Columns())
+        return names
+
+    def summands(self, stage: str) -> dict[str, int]:
+        """Columns that are a feature of the stage each, and otherwise not looked at; and which feature."""
+        names, found = self.looked_at(stage), {}
+        for name in names:
+            one = object()  # nothing can be done to it but hand it on
+            try:
+                terms = self.terms(stage, {**dict.fromkeys(names, torch.ones(1)), name: one})
+            except (TypeError, AttributeError):
+                continue
+            if [feature is one for feature in terms.features].count(True) == 1 and one not in terms.inputs:
+                found[name] = terms.features.index(one)
+        return found
 
     def terms(self, stage: str, columns: Mapping[str, torch.Tensor]) -> StageTerms:
         """

@@ -6,7 +6,7 @@ from molmo_knobs import molmo_space
 
 from joint_controller import JointControllerConfig, JointControllerModel, Knob, KnobSpace
 from joint_controller.controller import BatchController, RequestController, SettingFit
-from joint_controller.decisions import decide
+from joint_controller.decisions import decide, decide_one
 from joint_controller.executor import ExecutorRequest
 
 
@@ -65,6 +65,8 @@ def make_requests(num, device):
 def choose(chooser, question, budget, image, fit=None) -> list[int]:
     """Positions of settings."""
     first, second = chooser.choose_stage1(question, budget, fit), chooser.choose_stage2(image)
+    if isinstance(chooser, RequestController):
+        return [chooser.controller.knob_space.index(chooser.setting(first, second))]
     return chooser.controller.table.positions[first.cpu(), second.cpu()].tolist()
 
 
@@ -73,6 +75,8 @@ def choose_one_by_one(request_controller, questions, budgets, images, fit=None) 
     for row, budget in enumerate(budgets.tolist()):
         one = slice(row, row + 1)
         of_row = None if fit is None else SettingFit(fit.fits[one], fit.slack[one], fit.fits_budget[one])
+        if row % 2 and of_row is not None:
+            of_row = of_row.of_one()  # either form will do
         found += choose(request_controller, questions[one], budget, images[one], of_row)
     return found
 
@@ -133,11 +137,15 @@ def random_fit(space, num):
 
 @ON_EACH_DEVICE
 @EACH_SPACE
-@pytest.mark.parametrize("stage2_inputs", ["image_question_and_budget", "budget"])
+@pytest.mark.parametrize(
+    "inputs",
+    [("question_and_budget", "image_question_and_budget"), ("question_and_budget", "budget"), ("budget", "budget")],
+    ids=str,
+)
 @EACH_HEAD
 @torch.no_grad()
-def test_decisions_are_the_argmax_of_each_stage_found_by_looking_at_every_setting(space, stage2_inputs, heads, device):
-    model = random_controller(space, device, stage2_inputs=stage2_inputs, heads=heads)
+def test_decisions_are_the_argmax_of_each_stage_found_by_looking_at_every_setting(space, inputs, heads, device):
+    model = random_controller(space, device, stage1_inputs=inputs[0], stage2_inputs=inputs[1], heads=heads)
     questions, images = make_requests(20, device)
     budgets = torch.linspace(10, 100, 20, device=device)
     expected = []
@@ -276,5 +284,26 @@ def test_decide_gives_the_settings_of_what_both_stages_chose_and_what_they_saw(s
     assert torch.equal(decisions.vision_features, expected) and torch.equal(decisions.question_features, questions)
     one_by_one = RequestController(model)
     for row, request in enumerate(requests):
-        one = SettingFit(fit.fits[row : row + 1], fit.slack[row : row + 1], fit.fits_budget[row : row + 1])
-        assert decide(one_by_one, Source(), [request], 30.0, one).positions == decisions.positions[row : row + 1]
+        one = SettingFit(fit.fits[row : row + 1], fit.slack[row : row + 1], fit.fits_budget[row : row + 1]).of_one()
+        asked.clear()
+        setting = decide_one(one_by_one, Source(), request, 30.0, one)
+        assert setting == decisions.settings[row] and len(asked) == model.sees_image
+        for seen in asked:
+            assert all(seen[name] == setting[name] for name in knobs[1])
+            assert all(seen[name] == space.cheapest[name] for name in knobs[2])
+
+
+@torch.no_grad()
+def test_features_of_any_scale_are_normalised_as_in_the_modules():
+    """Question features are small, vision features large and far from zero: stages look at neither scale nor mean."""
+    model = random_controller(THREE, "cpu", sees_slack=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    questions, images = make_requests(100, "cpu")
+    questions, images = 1e-2 * questions, 50 * images + 200
+    budgets, fit = torch.linspace(5, 150, 100), random_fit(THREE, 100)
+    expected = choose(BatchController(model), questions, budgets, images, fit)
+    assert choose_one_by_one(RequestController(model), questions, budgets, images, fit) == expected
+    assert len(set(expected)) > 5

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from joint_controller.controller import SettingFit
+from joint_controller.controller import RequestFit, SettingFit
 
 
 LATENCY_MS = torch.tensor([[4.0, 8.0, 12.0, 40.0], [6.0, 9.0, math.inf, 3.0], [11.0, 12.0, math.inf, 30.0]])
@@ -55,3 +55,14 @@ def test_without_a_mask_only_what_cannot_be_run_is_out():
 def test_moves_to_a_device(device):
     moved = SettingFit.of(LATENCY_MS, 9.0).to(torch.device(device))
     assert {tensor.device.type for tensor in (moved.fits, moved.slack, moved.fits_budget)} == {device}
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("budget_ms", [0.5, 9.0, 11.0, 12.0, 1000.0])
+def test_that_of_one_request_is_that_of_many(is_masked, budget_ms):
+    nothing_runs = torch.full((1, 4), math.inf)
+    for latency_ms in [*LATENCY_MS.split(1), nothing_runs, torch.zeros(1, 4)]:
+        one = RequestFit.of(latency_ms[0].tolist(), budget_ms, is_masked)
+        many = SettingFit.of(latency_ms, budget_ms, is_masked).of_one()
+        assert (one.fits, one.fits_budget) == (many.fits, many.fits_budget)
+        assert one.slack == pytest.approx(many.slack, rel=1e-6)

@@ -34,6 +34,9 @@ def test_every_pair_of_choices_is_one_setting(space):
         for knobs, values in zip(stages, (choices[0][first], choices[1][second]), strict=True):
             assert tuple(space.indices(setting)[knob] for knob in knobs) == values
     assert [tuple(row) for row in table.setting_values.tolist()] == [space.indices(setting) for setting in space]
+    for values, setting in zip(choices[0], table.settings_of_first, strict=True):
+        indices = space.indices(setting)
+        assert tuple(indices[knob] for knob in stages[0]) == values and not any(indices[knob] for knob in stages[1])
 
 
 def enumerate_by_hand(log_probs, sizes, values):

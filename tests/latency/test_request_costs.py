@@ -39,6 +39,28 @@ def test_overhead_is_explained_by_the_length_of_the_prompt():
         assert [values.tolist() for values in terms.inputs] == [[13, 25]]
 
 
+def test_summands_are_looked_at_as_a_feature_alone():
+    costs = RequestCosts(MolmoCostModel(None, [64, 128]))
+    assert costs.looked_at("image_processing") == {"image_pixels", "num_views"}
+    assert costs.looked_at("decode") == {"vision_tokens", "text_tokens", "top_k", "num_blocks", "output_tokens"}
+    # Views are a feature, too, but the learned factor sees them.
+    assert costs.summands("image_processing") == {"image_pixels": 1}
+    assert [costs.summands(stage) for stage in ("vision", "llm_prefill", "overhead")] == [{}, {}, {}]
+
+    class Plain:
+        """Each count is used otherwise as well: in another feature, twice, in an input, in arithmetic."""
+
+        count_names = ("pixels", "ink_tokens", "colors", "tokens", "pages")
+        knob_names = ()
+        stages = {"decode": StageCost(tuple("abcdefg"), ("ink",))}
+
+        def terms(self, stage, columns):
+            pixels, ink, colors, tokens, pages = (columns[name] for name in self.count_names)
+            return StageTerms((ink, pixels, pixels, colors, tokens.clamp(min=3), pages, 2 * pages), (ink,))
+
+    assert RequestCosts(Plain(), "model").summands("decode") == {"colors": 3}
+
+
 def test_a_count_is_missing_where_a_stage_looks_at_it():
     columns = {"num_views": torch.ones(1)}
     costs = RequestCosts(MolmoCostModel(None, None))
