@@ -1,5 +1,6 @@
 """Outcomes: what the executor did with a sample at a knob setting. What was run once is kept and never run again."""
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,11 @@ from datasets import Dataset, Features, Value
 from .executor import Executor, ExecutorOutput, ExecutorRequest, FeatureSource
 from .knobs import KnobSetting, KnobSpace
 
+
+logger = logging.getLogger(__name__)
+
+SHIPPED_OUTCOMES = Path(__file__).parent / "assets" / "outcomes"
+"""Where the outcomes are that ship with the package: a folder of shards each."""
 
 _OTHER_COLUMNS = ("sample_id", "answer", "accuracy", "output_tokens", "latency_ms", "executor_fingerprint")
 
@@ -140,6 +146,23 @@ class OutcomeSource(Protocol):
         """Tidies up what is kept, at the end of a run, in one process."""
 
 
+def shipped_outcomes() -> list[str]:
+    """Names of the outcomes that ship with the package, which stand for their folders: `"embedded"`, …"""
+    return sorted(folder.name for folder in SHIPPED_OUTCOMES.iterdir() if folder.is_dir())
+
+
+def _find_outcomes(name_or_path: str | Path) -> Path:
+    """The folder of outcomes that ship, by their name, or of others, by their path."""
+    if str(name_or_path) in shipped_outcomes():
+        return SHIPPED_OUTCOMES / name_or_path
+    if not Path(name_or_path).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder of outcomes '{name_or_path}': give the path of one, or the name of one that ships "
+            f"({', '.join(shipped_outcomes())})."
+        )
+    return Path(name_or_path)
+
+
 class OutcomeStore:
     """
     Keeps outcomes in a folder of Parquet shards. A shard is written whole or not at all, so the folder can be read after
@@ -153,9 +176,14 @@ class OutcomeStore:
             [`Executor.fingerprint`] of the executor that the outcomes come from.
         knob_space ([`KnobSpace`]):
             Its knobs. Outcomes at other values of these are kept, too.
+        known (`Sequence[str | Path]`, *optional*):
+            Other folders of shards, or names of outcomes that ship with the package
+            ([`shipped_outcomes`]), that outcomes are looked up in, too. They are read once and never written to. Shards of
+            another executor are left out, with a warning.
 
     Raises:
-        ValueError: If the folder holds outcomes of another executor, or a shard that is not a table of outcomes.
+        FileNotFoundError: If a folder in `known` does not exist.
+        ValueError: If a folder holds outcomes of another executor, or a shard that is not a table of outcomes.
 
     Example:
 
@@ -166,35 +194,51 @@ class OutcomeStore:
     ```
     """
 
-    def __init__(self, path: str | Path | None, executor_fingerprint: str, knob_space: KnobSpace):
+    def __init__(
+        self,
+        path: str | Path | None,
+        executor_fingerprint: str,
+        knob_space: KnobSpace,
+        known: Sequence[str | Path] = (),
+    ):
         self.path = None if path is None else Path(path)
         self.executor_fingerprint = executor_fingerprint
         self.knob_space = knob_space
         self._outcomes: dict[tuple[str, KnobSetting], Outcome] = {}
+        self._known: dict[tuple[str, KnobSetting], Outcome] = {}
         self._shards: set[str] = set()
         # A process id alone comes back after a restart, and on another machine that shares the folder.
         self._writer = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._num_written = 0
+        for folder in known:
+            for shard in sorted(_find_outcomes(folder).glob("*.parquet")):
+                if self._is_of_executor(shard):
+                    self._known.update(
+                        ((outcome.sample_id, outcome.setting), outcome) for outcome in self._read_shard(shard)
+                    )
+                else:
+                    logger.warning("The known outcomes in '%s' are of another executor: they are not used.", folder)
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
             self.reload()
 
     def __len__(self) -> int:
-        return len(self._outcomes)
+        return len(self._outcomes.keys() | self._known.keys())
 
     def __contains__(self, key: tuple[str, KnobSetting]) -> bool:
-        return key in self._outcomes
+        return key in self._outcomes or key in self._known
 
     def get(self, sample_id: str, setting: KnobSetting) -> Outcome | None:
         """The outcome of a sample at a setting, or `None` if it is not known."""
-        return self._outcomes.get((sample_id, setting))
+        key = sample_id, setting
+        return self._outcomes.get(key) or self._known.get(key)
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Keeps outcomes: they are on disk, as one new shard, when this returns. One that is known already stays."""
         new = {}
         for outcome in outcomes:
             key = (outcome.sample_id, outcome.setting)
-            if key not in self._outcomes:
+            if key not in self:
                 new.setdefault(key, outcome)
         if not new:
             return
@@ -229,7 +273,7 @@ class OutcomeStore:
             self._shards.remove(name)
 
     def to_dataset(self) -> Dataset:
-        """All outcomes as a table with the columns of [`outcome_features`], ordered by sample and setting."""
+        """All outcomes of its own folder as a table with the columns of [`outcome_features`], ordered by sample and setting."""
         return Dataset(self._to_table([self._outcomes[key] for key in sorted(self._outcomes)]))
 
     def _to_table(self, outcomes: Sequence[Outcome]) -> pyarrow.Table:
@@ -259,6 +303,14 @@ class OutcomeStore:
         os.replace(temporary, self.path / name)
         self._num_written += 1
         self._shards.add(name)
+
+    def _is_of_executor(self, shard: Path) -> bool:
+        """Whether a shard is of this store's executor and of these knobs."""
+        columns = pyarrow.parquet.read_schema(shard).names
+        if not {*self.knob_space.names, "executor_fingerprint"} <= set(columns):
+            return False
+        fingerprints = pyarrow.parquet.read_table(shard, columns=["executor_fingerprint"], partitioning=None)
+        return fingerprints["executor_fingerprint"].unique().to_pylist() == [self.executor_fingerprint]
 
     def _read_shard(self, shard: Path) -> list[Outcome]:
         try:
@@ -291,18 +343,26 @@ class OutcomeStore:
                 "`max_new_tokens`, processor or precision: choose another folder, or delete this one to compute its "
                 "outcomes again."
             )
-        return [
-            Outcome(
-                sample_id=row["sample_id"],
-                setting=KnobSetting({name: row[name] for name in knobs}),
-                answer=row["answer"],
-                accuracy=row["accuracy"],
-                counts={name: row[name] for name in count_names},
-                output_tokens=row["output_tokens"],
-                latency_ms=row["latency_ms"],
+        # Settings and counts are few: one object each, for however many rows.
+        settings: dict[tuple, KnobSetting] = {}
+        counts: dict[tuple, dict[str, int]] = {}
+        outcomes = []
+        for row in rows:
+            values, sizes = tuple(row[name] for name in knobs), tuple(row[name] for name in count_names)
+            if values not in settings:
+                settings[values] = KnobSetting(dict(zip(knobs, values, strict=True)))
+            outcomes.append(
+                Outcome(
+                    sample_id=row["sample_id"],
+                    setting=settings[values],
+                    answer=row["answer"],
+                    accuracy=row["accuracy"],
+                    counts=counts.setdefault(sizes, dict(zip(count_names, sizes, strict=True))),
+                    output_tokens=row["output_tokens"],
+                    latency_ms=row["latency_ms"],
+                )
             )
-            for row in rows
-        ]
+        return outcomes
 
 
 class OutcomeCollector:
@@ -427,6 +487,41 @@ class OutcomeCollector:
     def finish(self) -> None:
         """Merges the shards of the store."""
         self.store.compact()
+
+
+def collect_shares(
+    outcomes: OutcomeSource,
+    samples: Sequence[Mapping[str, Any]],
+    settings: Sequence[KnobSetting],
+    progress: bool = False,
+) -> list[Outcome]:
+    """
+    As [`OutcomeSource.collect`], called by all processes at once, all with the same pairs: each answers those of its share
+    of the samples.
+
+    Args:
+        outcomes ([`OutcomeSource`]):
+            Gives the outcomes.
+        samples (`Sequence[dict]`), settings (`Sequence[KnobSetting]`), progress (`bool`, *optional*):
+            As in [`OutcomeSource.collect`]; the main process shows the progress of its share.
+
+    Returns:
+        `list[Outcome]`: of all pairs, in order.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return outcomes.collect(samples, settings, progress=progress)
+    numbers: dict[str, int] = {}
+    owners = [numbers.setdefault(sample["sample_id"], len(numbers)) % state.num_processes for sample in samples]
+    mine = [row for row, owner in enumerate(owners) if owner == state.process_index]
+    outcomes.collect(
+        [samples[row] for row in mine],
+        [settings[row] for row in mine],
+        progress=progress and state.is_main_process,
+    )
+    state.wait_for_everyone()
+    outcomes.reload()
+    return outcomes.collect(samples, settings)
 
 
 class RecordedOutcomes:

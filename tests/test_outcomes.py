@@ -14,6 +14,9 @@ from molmo_knobs import molmo_setting, molmo_space
 from PIL import Image
 
 from joint_controller import Knob, KnobSpace
+from joint_controller.data import load_vqa_datasets, read_samples
+from joint_controller.evaluation.scoring import score_answer
+from joint_controller.executor import load_executor
 from joint_controller.latency import RecordedLatencies
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.outcomes import (
@@ -22,6 +25,7 @@ from joint_controller.outcomes import (
     OutcomeStore,
     RecordedOutcomes,
     outcome_features,
+    shipped_outcomes,
 )
 
 
@@ -64,6 +68,47 @@ def test_what_is_known_stays_and_is_not_written_again(tmp_path):
     store.add([])
     assert store.get("a", SETTING).answer == "red"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_outcomes_of_other_folders_are_looked_up_but_not_written(tmp_path):
+    OutcomeStore(tmp_path / "known", "executor", SPACE).add([outcome("a"), outcome("a", OTHER, "blue")])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "known").iterdir()}
+    store = OutcomeStore(tmp_path / "outcomes", "executor", SPACE, known=[tmp_path / "known"])
+    assert len(store) == 2 and store.get("a", OTHER) == outcome("a", OTHER, "blue") and ("b", SETTING) not in store
+    store.add([outcome("a", answer="green")])
+    assert list((tmp_path / "outcomes").iterdir()) == []  # nothing new
+    store.add([outcome("b")])
+    store.add([outcome("c")])
+    store.compact()
+    assert len(store) == 4 and len(OutcomeStore(tmp_path / "outcomes", "executor", SPACE)) == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "known").iterdir()} == before
+
+
+def test_known_outcomes_of_another_executor_are_left_out_and_those_of_nowhere_refused(tmp_path, caplog):
+    OutcomeStore(tmp_path / "known", "another", SPACE).add([outcome("a")])
+    store = OutcomeStore(tmp_path / "outcomes", "executor", SPACE, known=[tmp_path / "known"])
+    assert len(store) == 0 and "of another executor: they are not used" in caplog.text
+    other_knobs = KnobSpace([Knob("depth", (4, 8), stage=2)])
+    store = OutcomeStore(tmp_path / "others", "another", other_knobs, known=[tmp_path / "known"])
+    assert len(store) == 0 and caplog.text.count("they are not used") == 2
+    with pytest.raises(FileNotFoundError, match=r"no folder of outcomes 'nowhere'.*one that ships \(embedded\)"):
+        OutcomeStore(tmp_path / "outcomes", "executor", SPACE, known=["nowhere"])
+
+
+def test_shipped_outcomes_are_the_executors_own():
+    """Some of them, answered again."""
+    executor = load_executor("embedded", max_new_tokens=2)
+    store = OutcomeStore(None, executor.fingerprint, executor.knob_space, known=shipped_outcomes())
+    dataset = load_vqa_datasets(["easy_vqa", "scenes"], "train", 3072, seed=42, weights=[1, 3])
+    settings = list(executor.knob_space)
+    assert len(store) == len(dataset) * len(settings)
+    samples = read_samples(dataset.select(range(0, len(dataset), 400)))
+    pairs = [(sample, settings[(7 * row + shift) % 48]) for row, sample in enumerate(samples) for shift in (0, 23)]
+    again = OutcomeCollector(executor, OutcomeStore(None, executor.fingerprint, executor.knob_space), score_answer)
+    answered = again.collect(*map(list, zip(*pairs, strict=True)))
+    assert again.num_executed == len(pairs)
+    for (sample, setting), new in zip(pairs, answered, strict=True):
+        assert store.get(sample["sample_id"], setting) == new
 
 
 def test_another_executor_is_refused_and_nothing_is_lost(tmp_path):
@@ -194,6 +239,9 @@ def test_a_shard_that_is_compacted_away_while_the_folder_is_read_is_no_loss(tmp_
 WRITER = """
 import sys
 from joint_controller import Knob, KnobSpace
+from joint_controller.data import load_vqa_datasets, read_samples
+from joint_controller.evaluation.scoring import score_answer
+from joint_controller.executor import load_executor
 from joint_controller.outcomes import Outcome, OutcomeStore
 space = KnobSpace([Knob("tier", ("low", "high"), 1), Knob("top_k", (2, 4), 2), Knob("num_blocks", (3, 4), 2)])
 counts = {"num_views": 2, "vision_tokens": 44, "text_tokens": 15}

@@ -1,5 +1,6 @@
 """Visual question answering data in one schema, and synthetic scenes."""
 
+from .built_in import SCENE_FAMILIES, SceneFamily
 from .images import ImageError, decode_image
 from .loading import load_vqa_dataset, load_vqa_datasets, load_vqa_parts
 from .registry import VQA_DATASETS, VQADataset
@@ -16,12 +17,14 @@ __all__ = [
     "ENCODED_FEATURES",
     "FEATURES",
     "QUESTION_TYPES",
+    "SCENE_FAMILIES",
     "SPLITS",
     "VQA_DATASETS",
     "BadRow",
     "ImageError",
     "Sample",
     "Scene",
+    "SceneFamily",
     "SkippedRows",
     "SplitPart",
     "VQADataset",

@@ -2,10 +2,19 @@
 
 import io
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from datasets import Dataset
 
-from .scenes import generate_scene, scene_seed
+from .scenes import (
+    IMAGE_SIZES,
+    QUESTION_TYPES,
+    TRANSFER_IMAGE_SIZES,
+    TRANSFER_QUESTION_TYPES,
+    generate_scene,
+    scene_seed,
+)
 from .schema import DEFAULT_METRIC, DEFAULT_STYLE, FEATURES, check_split
 from .splits import SplitPart, is_image_in_part, select_part
 
@@ -16,8 +25,26 @@ NUM_EASY_VQA_TRAIN_IMAGES = 3500
 EASY_VQA_COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
 
-QUESTIONS_PER_SCENE = 4
-"""Four questions a scene make all types of question equally frequent."""
+QUESTIONS_PER_SCENE = 3
+"""Three questions a scene make all types of question equally frequent."""
+
+
+@dataclass(frozen=True)
+class SceneFamily:
+    """Scenes of some image sizes, with their shares, and of some types of question."""
+
+    image_sizes: Mapping[tuple[int, int], float]
+    question_types: tuple[str, ...]
+
+
+SCENE_FAMILIES = {
+    "scenes": SceneFamily(IMAGE_SIZES, tuple(name for name in QUESTION_TYPES if name not in TRANSFER_QUESTION_TYPES)),
+    "scenes_transfer": SceneFamily(TRANSFER_IMAGE_SIZES, TRANSFER_QUESTION_TYPES),
+}
+"""
+Data sets of scenes. Those of `"scenes_transfer"` have image shapes and types of question that `"scenes"` does not have: they
+show what a controller does with what it was not trained on.
+"""
 
 NUM_SCENE_SAMPLES = {"train": 4000, "validation": 1000, "test": 2000}
 """Samples of scenes by default."""
@@ -55,27 +82,33 @@ def load_easy_vqa(split: str) -> Dataset:
     return select_part(Dataset.from_dict(columns, features=FEATURES), part, "easy_vqa")
 
 
-def load_scenes(split: str, max_samples: int | None = None) -> Dataset:
+def load_scenes(name: str, split: str, max_samples: int | None = None) -> Dataset:
     """
-    Generates the first `max_samples` samples of a split of scenes, or as many as `NUM_SCENE_SAMPLES` says (of a part of a
+    Generates the first `max_samples` samples of a split of a family of scenes, or as many as `NUM_SCENE_SAMPLES` says (of a part of a
     split, those of them that are in it). A sample is one question about one scene; no scene is in two splits.
     """
     part = SplitPart.parse(split)
     check_split(part.name)
+    family = SCENE_FAMILIES[name]
     rows: list[dict] = []
     number = 0
     for index in itertools.count():
         missing = NUM_SCENE_SAMPLES[part.name] - number if max_samples is None else max_samples - len(rows)
         if missing <= 0:
             break
-        scene = generate_scene(scene_seed(part.name, index), questions_per_scene=QUESTIONS_PER_SCENE)
+        scene = generate_scene(
+            scene_seed(part.name, index),
+            image_sizes=family.image_sizes,
+            questions_per_scene=QUESTIONS_PER_SCENE,
+            question_types=family.question_types,
+        )
         buffer = io.BytesIO()
         scene.image.save(buffer, format="PNG", compress_level=1)
         image = {"bytes": buffer.getvalue(), "path": None}
         if part.is_whole or is_image_in_part({"image": image}, part):
             rows += [
                 {
-                    "sample_id": f"scenes/{part.name}/{number + offset:06d}",
+                    "sample_id": f"{name}/{part.name}/{number + offset:06d}",
                     "image": image,
                     "question": question.question,
                     "answers": [question.answer],

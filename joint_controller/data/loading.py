@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from .built_in import load_easy_vqa, load_scenes
+from .built_in import SCENE_FAMILIES, load_easy_vqa, load_scenes
 from .mixture import check_mixture, mix, split_by_weight, split_evenly
 from .row_checks import SkippedRows, keep_good_rows
 from .schema import conform_to_schema
@@ -28,14 +28,14 @@ def load_vqa_dataset(
 
     Args:
         name_or_path (`str`):
-            `"easy_vqa"`, `"scenes"`, or what [`~joint_controller.data.sources.read_source`] takes: the name of a published
+            `"easy_vqa"`, `"scenes"`, `"scenes_transfer"`, or what [`~joint_controller.data.sources.read_source`] takes: the name of a published
             data set, `"<name>=<path>"`, or a path. A path's data set needs the columns `image`, `question` and `answers` (a
             list of strings); other columns of the schema are filled in (`sample_id` is then
             "<folder or file>/<split>/<row>") and unknown ones dropped.
         split (`str`, *optional*, defaults to `"train"`):
             The split, or a part of it, such as `"validation[:50%]"`.
         max_samples (`int`, *optional*):
-            At most this many samples: a random subset, in the order of the data set. Of `"scenes"`, which have no end,
+            At most this many samples: a random subset, in the order of the data set. Of scenes, which have no end,
             exactly this many, the first. By default all; of scenes, 4,000 for `train`, 1,000 for `validation` and 2,000 for
             `test`.
         seed (`int`, *optional*, defaults to 42):
@@ -46,7 +46,7 @@ def load_vqa_dataset(
 
     Returns:
         `datasets.Dataset`: Columns `sample_id`, `image`, `question`, `answers`, `style`, `metric`, `question_type`.
-        Every row but those of `easy_vqa` and `scenes` was read once, its image included ([`~joint_controller.data.keep_good_rows`]).
+        Every row but those of `easy_vqa` and of scenes was read once, its image included ([`~joint_controller.data.keep_good_rows`]).
 
     Raises:
         ValueError: If the data set or split does not exist, or a column or row is not usable. The message names the
@@ -129,8 +129,8 @@ def load_vqa_parts(
 
 def _read_split(name_or_path: str, split: str, num_scenes: int | None) -> Dataset:
     """All rows of a split, unchecked; of scenes, which have no end, the first `num_scenes`."""
-    if name_or_path == "scenes":
-        return load_scenes(split, num_scenes)
+    if name_or_path in SCENE_FAMILIES:
+        return load_scenes(name_or_path, split, num_scenes)
     if name_or_path == "easy_vqa":
         return load_easy_vqa(split)
     return conform_to_schema(read_source(name_or_path, split), name=name_or_path)
@@ -144,7 +144,7 @@ def _choose_samples(
     seed: int,
     skipped_rows: SkippedRows | None,
 ) -> Dataset:
-    if name_or_path == "scenes":
+    if name_or_path in SCENE_FAMILIES:
         return source if max_samples is None else source.select(range(min(max_samples, len(source))))
     rows: Sequence[int] = range(len(source))
     if max_samples is not None and len(source) > max_samples:

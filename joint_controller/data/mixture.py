@@ -18,7 +18,10 @@ def check_mixture(names: Sequence[str], max_samples: int | None, weights: Sequen
     if weights is None:
         return
     if len(weights) != len(names):
-        raise ValueError(f"{len(weights)} weights are given for {len(names)} data sets: give one weight for each.")
+        raise ValueError(
+            f"{len(weights)} weights are given for {len(names)} data sets: give one weight for each "
+            "(`--dataset_weights`, where those of a recipe are of its own data sets)."
+        )
     for name, weight in zip(names, weights, strict=True):
         if not 0 < weight < float("inf"):
             raise ValueError(f"the weight of data set '{name}' is {weight}: give a positive number, or leave it out.")

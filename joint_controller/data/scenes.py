@@ -1,8 +1,9 @@
 """
-Synthetic scenes: a few small coloured objects and often a sign, with questions that need different things of an
-executor. Some are answered from the smallest image, some need resolution, some need several steps of reasoning.
+Synthetic scenes: a few coloured objects and often a sign or two, in images of several shapes, with questions that need
+different things of an executor. Some are about large things and are answered from the smallest image, some are about small
+things and need resolution, some need several steps of reasoning. What an image costs depends on its shape.
 
-A scene is made in three steps: place objects and sign, draw them, ask about them. All randomness comes from one
+A scene is made in three steps: place objects and signs, draw them, ask about them. All randomness comes from one
 `random.Random(seed)` and all drawing is exact arithmetic on our own shapes and glyphs, so a seed gives the same scene
 on every machine, whatever fonts it has.
 """
@@ -10,7 +11,7 @@ on every machine, whatever fonts it has.
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,20 +40,31 @@ WORDS = ("stop", "exit", "open", "taxi", "cafe", "shop", "bank", "park", "fish",
 DIGITS = tuple("0123456789")
 """Digits on signs."""
 
-# Sizes are in pixels of an image of 128 pixels and grow with `image_size` and `size_scale`.
-REFERENCE_IMAGE_SIZE = 128
+IMAGE_SIZES = {(128, 128): 0.3, (168, 128): 0.15, (128, 168): 0.15, (256, 128): 0.2, (128, 256): 0.2}
+"""Width and height of images, in pixels, and the share of scenes that have them."""
+
+TRANSFER_IMAGE_SIZES = {(384, 128): 0.5, (128, 384): 0.5}
+"""Those of the scenes that no controller of this project is trained on."""
+
+# Sizes are in pixels and grow with `size_scale`.
 LARGEST_OBJECT = (24.0, 32.0)
-SMALLEST_OBJECT = 14.0
-DIGIT_HEIGHT = (16.0, 24.0)
-WORD_HEIGHT = (13.0, 18.0)
+SMALLEST_OBJECT = 12.0
+TEXT_HEIGHTS = {"digit": (16.0, 24.0), "word": (13.0, 18.0)}
+LARGE_TEXT_HEIGHTS = {"digit": (32.0, 44.0), "word": (22.0, 26.0)}
+SMALL_TEXT_HEIGHTS = {"digit": (12.0, 15.0), "word": (11.0, 13.0)}
 
 # The largest object is this much wider than any other: enough that its area is the largest too, whatever the shapes.
 LARGEST_RATIO = 1.35
-# "Left most" and "nearest" are asked where the answer wins by this share of the image's width: more than half of the
-# greatest difference of two sizes, so that objects' edges and objects' centres give the same answer.
-CLEAR_MARGIN = 0.08
+# The smallest object is asked about where any other is this much wider.
+SMALLEST_RATIO = 1.2
+# "Left most" and "nearest" are asked where the answer wins by this many pixels: more than half of the greatest difference of
+# two sizes, so that objects' edges and objects' centres give the same answer.
+CLEAR_MARGIN = 10.24
 
-SIGN_PROBABILITY = {"digit": 0.44, "word": 0.44}
+# Of a scene with one sign, and of one with a large and a small sign; the others have none.
+ONE_SIGN_PROBABILITY = 0.46
+TWO_SIGNS_PROBABILITY = 0.46
+SIGN_KINDS = ("digit", "word")
 MAX_SAME_COLOR = 4
 ABSENT_COLOR_PROBABILITY = 0.2
 COLOR_JITTER = 12
@@ -65,6 +77,9 @@ BACKGROUNDS = ("solid", "gradient", "stripes", "noise", "blotches")
 TEMPLATES = {
     "existence": "is there any {color} object ?",
     "color_largest": "what color is the largest object ?",
+    "color_smallest": "what color is the smallest object ?",
+    "shape_largest": "what shape is the largest object ?",
+    "shape_smallest": "what shape is the smallest object ?",
     "shape_of_color": "what shape is the {color} object ?",
     "color_of_shape": "what color is the {shape} ?",
     "count": "how many objects are there ?",
@@ -74,20 +89,35 @@ TEMPLATES = {
     "compare": "are there more {color} objects than {other} objects ?",
     "digit": "what digit is on the sign ?",
     "word": "what word is on the sign ?",
+    "large_digit": "what digit is on the large sign ?",
+    "large_word": "what word is on the large sign ?",
+    "small_digit": "what digit is on the small sign ?",
+    "small_word": "what word is on the small sign ?",
 }
 """How each type of question is put. Words are lower case and separated by blanks, the question mark included."""
 
 QUESTION_TYPES = tuple(TEMPLATES)
 """Names of the question types."""
 
+TRANSFER_QUESTION_TYPES = ("color_smallest", "shape_largest", "large_word", "small_digit")
+"""Those that no controller of this project is trained on: it knows each of their words from other types."""
+
 SIDES = ("left", "right", "top", "bottom")
 
 # Weights with which types are drawn when not all are asked: those that fewer scenes allow weigh more. Fitted on 6,000
-# scenes so that with 4 questions a scene every type is asked about equally often (within a tenth).
-TYPE_WEIGHTS = dict(zip(QUESTION_TYPES, (1.0, 1.0, 1.8, 1.1, 1.0, 1.0, 1.8, 1.8, 3.0, 4.5, 4.5), strict=True))
-
-MIN_QUESTIONS = 4
-"""Every scene allows this many questions: existence, color_largest, count and count_color can always be asked."""
+# scenes so that with 3 questions a scene every type but those of transfer is asked about equally often (within a tenth).
+TYPE_WEIGHTS = dict.fromkeys(QUESTION_TYPES, 1.0) | {
+    "shape_smallest": 2.7,
+    "shape_of_color": 1.6,
+    "color_of_shape": 1.1,
+    "extreme": 1.6,
+    "nearest": 1.5,
+    "compare": 2.4,
+    "digit": 15.0,
+    "word": 13.0,
+    "large_digit": 19.0,
+    "small_word": 19.0,
+}
 
 SCENE_SPLITS = ("train", "validation", "test", "executor")
 """Splits of scenes; `"executor"` is kept for training an executor."""
@@ -168,7 +198,7 @@ class SceneObject:
 class SceneSign:
     """A board with a text, in pixels."""
 
-    kind: str  # "digit" or "word"
+    kind: str  # one of `SIGN_KINDS`
     text: str  # the digit or the (lower-case) word; drawn in capitals
     text_height: int
     width: int
@@ -193,56 +223,67 @@ class Scene:
 
     Args:
         image (`PIL.Image.Image`):
-            RGB image of `image_size` × `image_size` pixels.
+            RGB image.
         questions (`tuple[SceneQuestion, ...]`):
             Questions, each of another type.
         objects (`tuple[SceneObject, ...]`):
             The objects, none of which overlap.
-        sign ([`SceneSign`], *optional*):
-            The sign, where there is one.
+        signs (`tuple[SceneSign, ...]`):
+            No sign, one, or a large and a small one.
     """
 
     image: Image.Image
     questions: tuple[SceneQuestion, ...]
     objects: tuple[SceneObject, ...]
-    sign: SceneSign | None
+    signs: tuple[SceneSign, ...]
 
 
 def generate_scene(
-    seed: int, size_scale: float = 1.0, image_size: int = 128, questions_per_scene: int | None = None
+    seed: int,
+    size_scale: float = 1.0,
+    image_sizes: Mapping[tuple[int, int], float] = IMAGE_SIZES,
+    questions_per_scene: int | None = None,
+    question_types: Sequence[str] = QUESTION_TYPES,
 ) -> Scene:
     """
-    Makes the scene of a seed: 2 to 6 objects, in most scenes a sign, and questions about them.
+    Makes the scene of a seed: 2 to 6 objects, in most scenes a sign or two, and questions about them.
 
     Args:
         seed (`int`):
             Names the scene: equal arguments give an equal scene on every machine.
         size_scale (`float`, *optional*, defaults to 1.0):
-            Draws objects and sign this much larger; a curriculum for training goes from about 2 down to 1. A layout
+            Draws objects and signs this much larger; a curriculum for training goes from about 2 down to 1. A layout
             that does not fit is shrunk until it does.
-        image_size (`int`, *optional*, defaults to 128):
-            Height and width of the image in pixels. Everything grows with it.
+        image_sizes (`dict[tuple[int, int], float]`, *optional*, defaults to `IMAGE_SIZES`):
+            Width and height of the image in pixels: one is drawn, by their shares.
         questions_per_scene (`int`, *optional*):
-            Number of questions, 1 to 4, drawn so that over many scenes no type is rare (4: all types equally
-            often). By default one of every type that the scene allows, in random order.
+            Most questions, drawn so that over many scenes no type is rare. By default one of every type that the scene
+            allows, in random order. Every scene allows existence, color_largest, shape_largest, count and count_color.
+        question_types (`Sequence[str]`, *optional*, defaults to `QUESTION_TYPES`):
+            Types of question that are asked.
 
     Raises:
-        ValueError: If `size_scale` is not positive, `image_size` is below 64 or `questions_per_scene` is not in 1–4.
+        ValueError: If `size_scale` is not positive, there is no image size or one has a side below 64, `questions_per_scene`
+            is below 1, or a type of question is unknown.
     """
     if size_scale <= 0:
         raise ValueError(f"size_scale is {size_scale}: give a positive factor.")
-    if image_size < 64:
-        raise ValueError(f"image_size is {image_size}: objects cannot be told apart below 64 pixels.")
-    if questions_per_scene is not None and not 1 <= questions_per_scene <= MIN_QUESTIONS:
+    if not image_sizes or min(map(min, image_sizes)) < 64:
         raise ValueError(
-            f"questions_per_scene is {questions_per_scene}: give 1 to {MIN_QUESTIONS} (every scene allows that many), "
-            "or None for one of every type that the scene allows."
+            f"image_sizes is {dict(image_sizes)}: give one or more, of 64 pixels or more a side, below which objects cannot be "
+            "told apart."
         )
+    if questions_per_scene is not None and questions_per_scene < 1:
+        raise ValueError(f"questions_per_scene is {questions_per_scene}: give 1 or more, or None for all.")
+    unknown = [name for name in question_types if name not in TEMPLATES]
+    if unknown:
+        raise ValueError(f"question_types has {unknown[0]!r}: the types are {', '.join(QUESTION_TYPES)}.")
     rng = random.Random(seed)
-    objects, sign = _place(rng, size_scale, image_size)
-    image = _draw(rng, objects, sign, image_size)
-    questions = _ask(rng, objects, sign, image_size, questions_per_scene)
-    return Scene(image, questions, objects, sign)
+    image_size = rng.choices(list(image_sizes), list(image_sizes.values()))[0]
+    objects, signs = _place(rng, size_scale, image_size)
+    image = _draw(rng, objects, signs, image_size)
+    questions = _ask(rng, objects, signs, question_types, questions_per_scene)
+    return Scene(image, questions, objects, signs)
 
 
 def scene_seed(split: str, index: int) -> int:
@@ -277,35 +318,37 @@ def vocabulary() -> list[str]:
 # ---- place ----------------------------------------------------------------------------------------------------------
 
 
-def _place(rng: random.Random, size_scale: float, image_size: int) -> tuple[tuple[SceneObject, ...], SceneSign | None]:
-    """Chooses objects and sign and finds a place for each."""
+def _place(
+    rng: random.Random, size_scale: float, image_size: tuple[int, int]
+) -> tuple[tuple[SceneObject, ...], tuple[SceneSign, ...]]:
+    """Chooses objects and signs and finds a place for each."""
     count = rng.randint(2, 6)
     colors = _choose_colors(rng, count)
     shapes = [rng.choice(SHAPES) for _ in range(count)]
     largest = rng.uniform(*LARGEST_OBJECT)
     sizes = [largest] + [rng.uniform(SMALLEST_OBJECT, largest / LARGEST_RATIO) for _ in range(count - 1)]
-    kind, text, text_height = _choose_sign(rng)
+    texts = _choose_texts(rng)
 
-    scale = size_scale * image_size / REFERENCE_IMAGE_SIZE
+    scale = size_scale
     while True:
         object_sizes = [round(size * scale) for size in sizes]
-        boxes = [(size, size) for size in object_sizes]
-        if kind is not None:
-            height = round(text_height * scale)
-            boxes.append(_board_size(text, height))
+        heights = [round(height * scale) for _, _, height in texts]
+        boards = [_board_size(text, height) for (_, text, _), height in zip(texts, heights, strict=True)]
+        boxes = [(size, size) for size in object_sizes] + boards
         corners = _find_corners(rng, boxes, image_size)
         if corners is not None:
             break
         scale *= 0.9
 
-    sign = None
-    if kind is not None:
-        sign = SceneSign(kind, text, height, *boxes[-1], *corners[-1])
     objects = tuple(
         SceneObject(shape, color, size, *corner)
         for shape, color, size, corner in zip(shapes, colors, object_sizes, corners[:count], strict=True)
     )
-    return objects, sign
+    signs = tuple(
+        SceneSign(kind, text, height, *board, *corner)
+        for (kind, text, _), height, board, corner in zip(texts, heights, boards, corners[count:], strict=True)
+    )
+    return objects, signs
 
 
 def _choose_colors(rng: random.Random, count: int) -> list[str]:
@@ -318,14 +361,20 @@ def _choose_colors(rng: random.Random, count: int) -> list[str]:
     return colors
 
 
-def _choose_sign(rng: random.Random) -> tuple[str | None, str, float]:
-    """Chooses kind, text and height of the glyphs; the kind is None for a scene without sign."""
+def _choose_texts(rng: random.Random) -> list[tuple[str, str, float]]:
+    """Chooses kind, text and height of the glyphs of each sign; of two, the large one comes first."""
     draw = rng.random()
-    if draw < SIGN_PROBABILITY["digit"]:
-        return "digit", rng.choice(DIGITS), rng.uniform(*DIGIT_HEIGHT)
-    if draw < SIGN_PROBABILITY["digit"] + SIGN_PROBABILITY["word"]:
-        return "word", rng.choice(WORDS), rng.uniform(*WORD_HEIGHT)
-    return None, "", 0.0
+    if draw < ONE_SIGN_PROBABILITY:
+        ranges = [TEXT_HEIGHTS]
+    elif draw < ONE_SIGN_PROBABILITY + TWO_SIGNS_PROBABILITY:
+        ranges = [LARGE_TEXT_HEIGHTS, SMALL_TEXT_HEIGHTS]
+    else:
+        ranges = []
+    texts = []
+    for heights in ranges:
+        kind = rng.choice(SIGN_KINDS)
+        texts.append((kind, rng.choice(DIGITS if kind == "digit" else WORDS), rng.uniform(*heights[kind])))
+    return texts
 
 
 def _board_padding(text_height: int) -> int:
@@ -338,17 +387,20 @@ def _board_size(text: str, text_height: int) -> tuple[int, int]:
     return _text_width(text, text_height) + 2 * padding, text_height + 2 * padding
 
 
-def _find_corners(rng: random.Random, boxes: list[tuple[int, int]], image_size: int) -> list[tuple[int, int]] | None:
+def _find_corners(
+    rng: random.Random, boxes: list[tuple[int, int]], image_size: tuple[int, int]
+) -> list[tuple[int, int]] | None:
     """Upper left corners (left, top) at which boxes (width, height) do not touch, or None where none were found."""
-    gap = max(2, image_size // 42)
+    image_width, image_height = image_size
+    gap = max(2, min(image_size) // 42)
     corners: dict[int, tuple[int, int]] = {}
     for index in sorted(range(len(boxes)), key=lambda index: -boxes[index][0]):
         width, height = boxes[index]
-        if width + 2 * gap > image_size or height + 2 * gap > image_size:
+        if width + 2 * gap > image_width or height + 2 * gap > image_height:
             return None
         for _ in range(60):
-            left = rng.randint(gap, image_size - gap - width)
-            top = rng.randint(gap, image_size - gap - height)
+            left = rng.randint(gap, image_width - gap - width)
+            top = rng.randint(gap, image_height - gap - height)
             if all(
                 left >= other_left + boxes[other][0] + gap
                 or other_left >= left + width + gap
@@ -367,11 +419,14 @@ def _find_corners(rng: random.Random, boxes: list[tuple[int, int]], image_size: 
 
 
 def _draw(
-    rng: random.Random, objects: tuple[SceneObject, ...], sign: SceneSign | None, image_size: int
+    rng: random.Random,
+    objects: tuple[SceneObject, ...],
+    signs: tuple[SceneSign, ...],
+    image_size: tuple[int, int],
 ) -> Image.Image:
-    """Draws background, sign and objects."""
+    """Draws background, signs and objects."""
     canvas = _background(rng, image_size)
-    if sign is not None:
+    for sign in signs:
         _draw_sign(rng, canvas, sign)
     for item in objects:
         color = [value + rng.randint(-COLOR_JITTER, COLOR_JITTER) for value in COLORS[item.color]]
@@ -379,28 +434,31 @@ def _draw(
     return Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8))
 
 
-def _background(rng: random.Random, image_size: int) -> np.ndarray:
-    """A mix of two tints: (image_size, image_size, 3), whole numbers as float32."""
+def _background(rng: random.Random, image_size: tuple[int, int]) -> np.ndarray:
+    """A mix of two tints: (height, width, 3), whole numbers as float32."""
+    width, height = image_size
+    unit = min(image_size)
     first, second = _tint(rng), _tint(rng)
-    rows, columns = np.ogrid[:image_size, :image_size]
-    distance = rows * rng.choice((0, 1)) + columns * rng.choice((-1, 1))
-    distance = np.broadcast_to(distance - distance.min(), (image_size, image_size))
-    if rng.random() < 0.5:
-        distance = distance.T
+    rows, columns = np.ogrid[:height, :width]
+    # Across the image, down it, or both.
+    distance = rows * rng.choice((0, 1)) + columns * rng.choice((-1, 0, 1))
+    if not distance.any():
+        distance = rows + columns
+    distance = np.broadcast_to(distance - distance.min(), (height, width))
     background = rng.choice(BACKGROUNDS)
     if background == "solid":
-        share = np.zeros((image_size, image_size))
+        share = np.zeros((height, width))
     elif background == "gradient":
         share = distance / distance.max()
     elif background == "stripes":
-        share = (distance // rng.randint(image_size // 16, image_size // 5)) % 2
+        share = (distance // rng.randint(unit // 16, unit // 5)) % 2
     elif background == "noise":
-        share = np.frombuffer(rng.randbytes(image_size**2), np.uint8).reshape(image_size, image_size) / 255
+        share = np.frombuffer(rng.randbytes(height * width), np.uint8).reshape(height, width) / 255
     else:
-        cell = rng.randint(image_size // 20, image_size // 6)
-        cells = -(-image_size // cell)
-        coarse = np.frombuffer(rng.randbytes(cells**2), np.uint8).reshape(cells, cells) / 255
-        share = coarse.repeat(cell, axis=0).repeat(cell, axis=1)[:image_size, :image_size]
+        cell = rng.randint(unit // 20, unit // 6)
+        cells = -(-height // cell), -(-width // cell)
+        coarse = np.frombuffer(rng.randbytes(cells[0] * cells[1]), np.uint8).reshape(cells) / 255
+        share = coarse.repeat(cell, axis=0).repeat(cell, axis=1)[:height, :width]
     return (first + share[..., None] * (second - first)).round().astype(np.float32)
 
 
@@ -481,31 +539,40 @@ Asked = tuple[dict[str, str], str]
 def _ask(
     rng: random.Random,
     objects: tuple[SceneObject, ...],
-    sign: SceneSign | None,
-    image_size: int,
+    signs: tuple[SceneSign, ...],
+    question_types: Sequence[str],
     questions_per_scene: int | None,
 ) -> tuple[SceneQuestion, ...]:
     """Asks one question of every type that the scene allows and keeps as many as wanted, in random order."""
-    margin = CLEAR_MARGIN * image_size
     counts = Counter(item.color for item in objects)
+    by_size = sorted(objects, key=lambda item: item.size)
+    largest, smallest = by_size[-1], by_size[0]
+    has_smallest = by_size[1].size >= SMALLEST_RATIO * smallest.size
     # By type: the words that fill its template and the answer, or None where the scene does not allow a question of it.
     asked: dict[str, Asked | None] = {
         "existence": _ask_existence(rng, counts),
-        # Needs little: the largest patch of colour is seen in a small image too.
-        "color_largest": ({}, max(objects, key=lambda item: item.size).color),
+        # Need little: the largest patch of colour is seen in a small image too, and mostly its outline.
+        "color_largest": ({}, largest.color),
+        "shape_largest": ({}, largest.shape),
         # Need resolution: small outlines blur into each other.
+        "color_smallest": ({}, smallest.color) if has_smallest else None,
+        "shape_smallest": ({}, smallest.shape) if has_smallest else None,
         "shape_of_color": _ask_unique(rng, objects, "color", "shape"),
         "color_of_shape": _ask_unique(rng, objects, "shape", "color"),
-        # Needs some resolution and depth: objects of all colours, told from background and sign, are added up.
+        # Needs some resolution and depth: objects of all colours, told from background and signs, are added up.
         "count": ({}, str(len(objects))),
         "count_color": _ask_count_color(rng, counts),
-        "extreme": _ask_extreme(rng, objects, margin),
-        "nearest": _ask_nearest(rng, objects, margin),
+        "extreme": _ask_extreme(rng, objects),
+        "nearest": _ask_nearest(rng, objects),
         "compare": _ask_compare(rng, counts),
     }
-    if sign is not None:
-        # Needs resolution: glyphs are read. The project's stand-in for questions about text in images.
-        asked[sign.kind] = ({}, sign.text)
+    # Glyphs are read, the smaller, the more resolution it takes. The project's stand-in for questions about text in images.
+    if len(signs) == 1:
+        asked[signs[0].kind] = ({}, signs[0].text)
+    elif signs:
+        large, small = signs
+        asked[f"large_{large.kind}"] = ({}, large.text)
+        asked[f"small_{small.kind}"] = ({}, small.text)
     questions = [
         SceneQuestion(TEMPLATES[question_type].format(**filled[0]), filled[1], question_type)
         for question_type, filled in asked.items()
@@ -513,7 +580,9 @@ def _ask(
     ]
     # Weighted draw without replacement: order by u^(1/w), u uniform (Efraimidis and Spirakis, 2006).
     questions.sort(key=lambda question: -(rng.random() ** (1 / TYPE_WEIGHTS[question.question_type])))
-    return tuple(questions[:questions_per_scene])
+    return tuple(
+        [question for question in questions if question.question_type in question_types][:questions_per_scene]
+    )
 
 
 def _ask_existence(rng: random.Random, counts: Counter[str]) -> Asked:
@@ -545,14 +614,14 @@ def _ask_count_color(rng: random.Random, counts: Counter[str]) -> Asked:
     return {"color": color}, str(count)
 
 
-def _ask_extreme(rng: random.Random, objects: tuple[SceneObject, ...], margin: float) -> Asked | None:
+def _ask_extreme(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
     """Needs depth: all positions are compared. The outermost wins by the margin, the next has another colour."""
     candidates = []
     for side in SIDES:
         axis = 0 if side in ("left", "right") else 1
         sign = 1 if side in ("left", "top") else -1
         first, second = sorted(objects, key=lambda item: sign * item.center[axis])[:2]
-        if abs(second.center[axis] - first.center[axis]) >= margin and first.color != second.color:
+        if abs(second.center[axis] - first.center[axis]) >= CLEAR_MARGIN and first.color != second.color:
             candidates.append((side, first.color))
     if not candidates:
         return None
@@ -560,7 +629,7 @@ def _ask_extreme(rng: random.Random, objects: tuple[SceneObject, ...], margin: f
     return {"side": side}, color
 
 
-def _ask_nearest(rng: random.Random, objects: tuple[SceneObject, ...], margin: float) -> Asked | None:
+def _ask_nearest(rng: random.Random, objects: tuple[SceneObject, ...]) -> Asked | None:
     """Needs depth: find the object meant, then compare its distances to all others. It is one of a kind, and the
     nearest centre wins by the margin."""
     if len(objects) < 3:
@@ -569,7 +638,7 @@ def _ask_nearest(rng: random.Random, objects: tuple[SceneObject, ...], margin: f
     candidates = []
     for item in objects:
         others = sorted((math.dist(item.center, other.center), other.color) for other in objects if other is not item)
-        if kinds[item.color, item.shape] == 1 and others[1][0] - others[0][0] >= margin:
+        if kinds[item.color, item.shape] == 1 and others[1][0] - others[0][0] >= CLEAR_MARGIN:
             candidates.append((item, others[0][1]))
     if not candidates:
         return None

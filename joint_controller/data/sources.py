@@ -140,7 +140,7 @@ def _parse_name(name_or_path: str) -> tuple[VQADataset | None, Path | None]:
     if not Path(name_or_path).expanduser().exists():
         unknown = f" ('{name}' is not a known name)" if equals else ""
         raise ValueError(
-            f"there is no data set '{name_or_path}'{unknown}: give 'easy_vqa', 'scenes', one of {list(VQA_DATASETS)} "
+            f"there is no data set '{name_or_path}'{unknown}: give 'easy_vqa', 'scenes', 'scenes_transfer', one of {list(VQA_DATASETS)} "
             "(from the Hub), '<name>=<path>' for one of these in a local folder, or the path of a folder written by "
             "`save_to_disk`, of a Parquet file, or of a folder of Parquet files."
         )

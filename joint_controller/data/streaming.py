@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, Image, IterableDataset
 
-from .built_in import load_easy_vqa, load_scenes
+from .built_in import SCENE_FAMILIES, load_easy_vqa, load_scenes
 from .mixture import check_mixture, interleave_streams
 from .row_checks import BadRow, SkippedRows, find_fault, refusal
 from .schema import ENCODED_FEATURES, FEATURES, check_columns, conform_row
@@ -45,8 +45,8 @@ def stream_vqa_datasets(
 
 def _stream_split(name_or_path: str, split: str, skipped_rows: SkippedRows | None) -> IterableDataset:
     """A split of one data set, in its order."""
-    if name_or_path in ("scenes", "easy_vqa"):
-        dataset = load_scenes(split) if name_or_path == "scenes" else load_easy_vqa(split)
+    if name_or_path == "easy_vqa" or name_or_path in SCENE_FAMILIES:
+        dataset = load_easy_vqa(split) if name_or_path == "easy_vqa" else load_scenes(name_or_path, split)
         return dataset.cast_column("image", Image(decode=False)).to_iterable_dataset()
     source = read_source(name_or_path, split, streaming=True)
     check_columns(source.features, name_or_path)

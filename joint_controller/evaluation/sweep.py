@@ -8,9 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from ..knobs import KnobSetting, KnobSpace
+from ..knobs import KnobSpace
 from ..latency import LatencyEstimator
-from ..outcomes import Outcome, OutcomeSource
+from ..outcomes import Outcome, OutcomeSource, collect_shares
 from ..rewards import DEFAULT_REWARDS, RewardFunction, reward_columns, total_reward
 from .baselines import (
     BestStaticPolicy,
@@ -219,30 +219,3 @@ def _choose(
     for index, share in enumerate(gather_object([chosen])):
         positions[..., index::shares] = share
     return positions
-
-
-def collect_shares(
-    outcomes: OutcomeSource,
-    samples: Sequence[Mapping[str, Any]],
-    settings: Sequence[KnobSetting],
-    progress: bool = False,
-) -> list[Outcome]:
-    """
-    As [`OutcomeSource.collect`], called by all processes at once, all with the same pairs: each answers its share.
-
-    Args:
-        outcomes ([`OutcomeSource`]):
-            Gives the outcomes.
-        samples (`Sequence[dict]`), settings (`Sequence[KnobSetting]`), progress (`bool`, *optional*):
-            As in [`OutcomeSource.collect`]; several processes show no progress.
-
-    Returns:
-        `list[Outcome]`: of all pairs, in order.
-    """
-    state = PartialState()
-    if state.num_processes == 1:
-        return outcomes.collect(samples, settings, progress=progress)
-    share = slice(state.process_index, None, state.num_processes)
-    outcomes.collect_together(samples[share], settings[share])
-    outcomes.reload()
-    return outcomes.collect(samples, settings)

@@ -134,21 +134,28 @@ def cut_by_interpolation(pixels: torch.Tensor, geometry: ViewGeometry, tiling: t
         tiling (`tuple[int, int]`):
             Rows and columns of crops.
     """
-    side, patch, device = geometry.side, geometry.patch, pixels.device
+    return cut_batch(pixels[None, ..., :3].permute(0, 3, 1, 2), geometry, tiling)[0]
+
+
+def cut_batch(images: torch.Tensor, geometry: ViewGeometry, tiling: tuple[int, int]) -> torch.Tensor:
+    """As [`cut_by_interpolation`], for images `(batch, 3, height, width)` of one size: `(batch, 1 + crops, patches,
+    3 · patch²)`."""
+    side, patch, device = geometry.side, geometry.patch, images.device
     view_size, step = side * patch, geometry.window * patch
     scale, shift = _normalisation_on(geometry, device)
-    planes = pixels[..., :3].permute(2, 0, 1)[None].to(torch.float32, memory_format=torch.contiguous_format)
-    views = torch.empty(1 + tiling[0] * tiling[1], side * side, 3 * patch**2, device=device)
-    for grid, part in (((1, 1), views[:1]), (tiling, views[1:])):
-        place = geometry.place(tuple(pixels.shape[:2]), grid)
-        resized = F.interpolate(planes, size=(place.height, place.width), mode="bilinear", antialias=True)[0]
+    planes = images.to(torch.float32, memory_format=torch.contiguous_format)
+    views = torch.empty(len(images), 1 + tiling[0] * tiling[1], side * side, 3 * patch**2, device=device)
+    for grid, part in (((1, 1), views[:, :1]), (tiling, views[:, 1:])):
+        place = geometry.place(tuple(images.shape[2:]), grid)
+        resized = F.interpolate(planes, size=(place.height, place.width), mode="bilinear", antialias=True)
         bottom = place.rows * patch - place.top - place.height
         right = place.columns * patch - place.left - place.width
         canvas = F.pad(resized, (place.left, right, place.top, bottom))  # with black, as before normalising
-        # (3, rows, columns, view, view), and each view as patches of pixels
-        crops = canvas.unfold(1, view_size, step).unfold(2, view_size, step)
-        crops = crops.unflatten(4, (side, patch)).unflatten(3, (side, patch)).permute(1, 2, 3, 5, 4, 6, 0)
-        torch.addcmul(shift, crops, scale, out=part.view(*grid, side, side, patch, patch, 3))
+        # (batch, 3, rows, columns, view, view), and each view as patches of pixels
+        crops = canvas.unfold(2, view_size, step).unfold(3, view_size, step)
+        crops = crops.unflatten(5, (side, patch)).unflatten(4, (side, patch)).permute(0, 2, 3, 4, 6, 5, 7, 1)
+        target = part.unflatten(1, grid).unflatten(3, (side, side)).unflatten(5, (patch, patch, 3))
+        torch.addcmul(shift, crops, scale, out=target)
     # No pixel may be exactly -1, whose last bit is 0, so all get a 1 there: cheaper than to look for any.
     views.view(torch.int32).bitwise_or_(1)
     return views

@@ -43,7 +43,7 @@ _RELATED = {
 # Fields that say what an executor or a data set does, where there is neither.
 _WITHOUT_EFFECT_ON_RESULTS = (
     *("importance_path", "max_new_tokens", "executor_batch_size", "executor_workers", "precompute_outcomes"),
-    *("outcomes_dir", "dataset_weights", "train_split", "eval_split", "test_split", "streaming"),
+    *("outcomes_dir", "known_outcomes", "dataset_weights", "train_split", "eval_split", "test_split", "streaming"),
 )
 
 

@@ -22,7 +22,7 @@ class DatasetArguments:
 
     dataset_names: list[str] = HfArg(
         default_factory=lambda: ["easy_vqa", "scenes"],
-        help="Data sets: `easy_vqa`, `scenes`, the name of a published one (from the Hub), `<name>=<path>` for a "
+        help="Data sets: `easy_vqa`, `scenes`, `scenes_transfer`, the name of a published one (from the Hub), `<name>=<path>` for a "
         "published one in a local folder, or the path of a folder written by `save_to_disk` or of Parquet files with "
         "the columns image, question and answers.",
     )

@@ -58,6 +58,7 @@ _NOT_RECORDED = {
     "controller_path",
     "output_dir",
     "outcomes_dir",
+    "known_outcomes",
     "executor_batch_size",
     "executor_workers",
     "num_threads",
@@ -97,6 +98,11 @@ class SweepArguments(ExecutorArguments, DatasetArguments):
         default=None,
         help="Folder of executor outcomes, e.g. that of the training; what it holds is not run again. Default: `outcomes` "
         "in the output folder.",
+    )
+    known_outcomes: list[str] | None = HfArg(
+        default=None,
+        help="Further folders of executor outcomes that are looked up but not written to, or names of those that ship, as in "
+        "`joint-controller train`.",
     )
     reward_funcs: list[str] | None = HfArg(
         default=None,
@@ -368,9 +374,9 @@ def make_requests(
     from ..evaluation.policies import ControllerPolicy
     from ..evaluation.request_table import NOT_TRAINED, write_request_table
     from ..evaluation.scoring import score_answer
-    from ..evaluation.sweep import BASELINES, baseline_policies, collect_shares, sweep_budgets
+    from ..evaluation.sweep import BASELINES, baseline_policies, sweep_budgets
     from ..latency import Guardrail
-    from ..outcomes import OutcomeCollector, OutcomeStore
+    from ..outcomes import OutcomeCollector, OutcomeStore, collect_shares
     from ..trainer.feature_cache import CachedFeatures
 
     state = PartialState()
@@ -386,7 +392,8 @@ def make_requests(
     if skipped_rows and state.is_main_process:
         console.print(skipped_rows.summary())
     space = executor.knob_space
-    store = OutcomeStore(args.outcomes_dir or Path(args.output_dir) / "outcomes", executor.fingerprint, space)
+    folder = args.outcomes_dir or Path(args.output_dir) / "outcomes"
+    store = OutcomeStore(folder, executor.fingerprint, space, args.known_outcomes or ())
     outcomes = OutcomeCollector(executor, store, score_answer)
 
     def answer_everywhere(some: Sequence[Mapping[str, Any]]) -> None:

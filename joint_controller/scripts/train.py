@@ -102,6 +102,11 @@ class TrainArguments(ExecutorArguments, DataArguments):
         default=None,
         help="Folder of executor outcomes; what it holds is not run again. Default: `outcomes` in the output folder.",
     )
+    known_outcomes: list[str] | None = HfArg(
+        default=None,
+        help="Further folders of executor outcomes that are looked up but not written to, or names of those that ship: "
+        "`embedded`, all settings of the first training samples of recipes/easy_vqa/train.yaml.",
+    )
     objective: str | None = HfArg(
         default=None,
         help="What is maximised: accuracy_within_budget, or original, the five terms of the original scripts. Default: "
@@ -286,19 +291,14 @@ def _log_to_file(path: Path, is_main_process: bool):
 
 def precompute_outcomes(outcomes: "OutcomeSource", train_dataset: "Dataset"):
     """Fills the store; every process answers its share of the samples."""
-    from accelerate import PartialState
-
     from ..data import read_samples
+    from ..outcomes import collect_shares
 
-    state = PartialState()
     settings = list(outcomes.knob_space)
     logger.info("Answering %d training samples at %d settings each.", len(train_dataset), len(settings))
-    rows = list(range(state.process_index, len(train_dataset), state.num_processes))
-    samples = read_samples(train_dataset.select(rows))
+    samples = read_samples(train_dataset)
     every_sample = [sample for sample in samples for _ in settings]
-    outcomes.collect(every_sample, settings * len(samples), progress=state.is_main_process)
-    state.wait_for_everyone()
-    outcomes.reload()  # else each process would answer the others' share again
+    collect_shares(outcomes, every_sample, settings * len(samples), progress=True)
 
 
 def _sweep_budgets(

@@ -85,7 +85,8 @@ def set_up_from_executor(
         latency_estimator = latency_estimator.in_scope(args.latency_scope or REQUEST_SCOPE)
     else:
         latency_estimator = load_latency_estimator(args, executor)
-    store = OutcomeStore(args.outcomes_dir or output_dir / "outcomes", executor.fingerprint, executor.knob_space)
+    folder = args.outcomes_dir or output_dir / "outcomes"
+    store = OutcomeStore(folder, executor.fingerprint, executor.knob_space, args.known_outcomes or ())
     if len(store):
         logger.info("%d outcomes are known and will not be computed again.", len(store))
     return TrainingSetup(

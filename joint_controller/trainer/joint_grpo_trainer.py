@@ -38,7 +38,7 @@ from ..decisions import decide
 from ..executor import ExecutorRequest
 from ..knobs import KnobSetting, build_action_tokenizer
 from ..latency import FitCache, Guardrail, LatencyEstimator
-from ..outcomes import OutcomeSource
+from ..outcomes import OutcomeSource, collect_shares
 from ..rewards import RewardFunction, resolve_rewards, reward_columns
 from .checkpoints import last_complete_checkpoint
 from .draws import draw_action_noise, draw_budget
@@ -655,13 +655,9 @@ class JointGRPOTrainer(GRPOTrainer):
         samples = [Sample(row) for row in self.train_dataset]
         state, highest_ms = self.accelerator, self.latency_budgets.maximum_ms
         if state.num_processes > 1:
-            # Each process answers its share of what is missing, then all know everything.
-            share = samples[state.process_index :: state.num_processes]
-            rows, columns = possible_settings(self.knob_space, share, self._fits, highest_ms)
+            rows, columns = possible_settings(self.knob_space, samples, self._fits, highest_ms)
             settings = [self.knob_space.settings[column] for column in columns]
-            self.outcomes.collect([share[row] for row in rows], settings, progress=state.is_main_process)
-            state.wait_for_everyone()
-            self.outcomes.reload()
+            collect_shares(self.outcomes, [samples[row] for row in rows], settings, progress=True)
         return OutcomeTable(
             self.outcomes,
             self.latency_estimator,

@@ -30,7 +30,7 @@ def test_it_measures_every_row_and_finds_that_all_ways_agree(tmp_path, capsys):
     assert results["mode"] == "onednn" and "captures" not in results
     rows = {row["what"]: row for row in results["rows"]}
     assert len(rows) == len(results["rows"]) == 6
-    assert sum("decode, top_k 8, 8 blocks, 10 views" in what for what in rows) == 1
+    assert sum("decode, top_k 8, 8 blocks, 13 views" in what for what in rows) == 1
     assert sum("image to first token, top_k 1, 4 blocks, 4 views" in what for what in rows) == 1
     assert all(0 < row["ours"] < 100_000 and 0 < row["stock"] < 100_000 for row in rows.values())
     agreement = results["agreement"]

@@ -10,13 +10,14 @@ from PIL import Image as PILImage
 
 from joint_controller.data import (
     FEATURES,
-    QUESTION_TYPES,
+    SCENE_FAMILIES,
     SPLITS,
     keep_good_rows,
     load_vqa_dataset,
     load_vqa_datasets,
     stream_vqa_datasets,
 )
+from joint_controller.data.scenes import TRANSFER_IMAGE_SIZES, TRANSFER_QUESTION_TYPES
 
 
 COLUMNS = ["sample_id", "image", "question", "answers", "style", "metric", "question_type"]
@@ -96,7 +97,11 @@ def test_scenes_have_the_stated_sizes_and_repeat():
     again = load_vqa_dataset("scenes", "validation", max_samples=20)
     for row in range(20):
         assert again[row] == default[row]
-    assert set(default["question_type"]) == set(QUESTION_TYPES)
+    assert set(default["question_type"]) == set(SCENE_FAMILIES["scenes"].question_types)
+    transfer = load_vqa_dataset("scenes_transfer", "train", max_samples=60)
+    assert transfer["sample_id"][9] == "scenes_transfer/train/000009" and len(transfer) == 60
+    assert set(transfer["question_type"]) == set(TRANSFER_QUESTION_TYPES)
+    assert {image.size for image in transfer["image"]} == set(TRANSFER_IMAGE_SIZES)
 
 
 def test_scene_splits_share_no_picture():
@@ -107,11 +112,11 @@ def test_scene_splits_share_no_picture():
         }
         for split in SPLITS
     ]
-    assert [len(some) for some in pictures] == [50, 50, 50]
-    assert len(set.union(*pictures)) == 150
+    assert [len(some) for some in pictures] == [67, 67, 67]  # three questions each
+    assert len(set.union(*pictures)) == 3 * 67
 
 
-@pytest.mark.parametrize("name", ["easy_vqa", "scenes"])
+@pytest.mark.parametrize("name", ["easy_vqa", "scenes", "scenes_transfer"])
 def test_own_data_sets_follow_the_schema_and_are_valid(name):
     dataset = load_vqa_dataset(name, "test", max_samples=100)
     assert dataset.column_names == COLUMNS

@@ -6,9 +6,10 @@ import pytest
 from made_up_outcomes import SETTINGS, SPACE, MadeUpForecast, make_samples, record
 
 from joint_controller.evaluation.baselines import RandomPolicy, StaticPolicy
-from joint_controller.evaluation.sweep import collect_shares, sweep_budgets
+from joint_controller.evaluation.sweep import sweep_budgets
 from joint_controller.knobs import KnobSetting
 from joint_controller.latency import RecordedLatencies
+from joint_controller.outcomes import collect_shares
 from joint_controller.rewards import accuracy_reward, efficiency_reward
 
 

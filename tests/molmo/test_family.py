@@ -61,7 +61,7 @@ def test_the_embedded_executor_is_the_default_and_has_the_knobs_of_its_configura
     assert executor.knob_space == KnobSpace.from_dict(config["knob_space"]) and len(executor.knob_space) == 48
     assert executor.active_blocks(8) == list(range(8))
     # Outcomes that were stored before stay those of this executor.
-    assert executor.fingerprint == "44841e4ac525bbfbdf5d18e2f6e6fb522e9f3677d8f50f159ce8b11f130be0e7"
+    assert executor.fingerprint == "e474b3c667de70dfb5e9705c8121b304d39cfabdb3b95bd299ec7440874c5cef"
 
 
 def test_importance_is_a_file_or_one_for_each_data_set(folder, tmp_path):

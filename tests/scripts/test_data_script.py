@@ -11,6 +11,7 @@ from PIL import Image
 
 from joint_controller.cli import main
 from joint_controller.data import FEATURES
+from joint_controller.data.scenes import IMAGE_SIZES
 from joint_controller.executor import embedded_executor_path
 
 
@@ -27,20 +28,20 @@ def report_of(folder):
 
 def test_the_recipe_as_shipped_with_fewer_samples(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    flags = ["--max_train_samples", 40, "--max_eval_samples", 6, "--max_test_samples", 8]
+    flags = ["--max_train_samples", 40, "--max_eval_samples", 8, "--max_test_samples", 8]
     assert run(tmp_path, *flags) == 0
     report = report_of(tmp_path)
     numbers = {(part["name"], part["role"]): part["num_rows"] for part in report["parts"]}
     assert numbers == {
-        (name, role): rows // 2
-        for name in ("easy_vqa", "scenes")
-        for role, rows in (("train", 40), ("validation", 6), ("test", 8))
+        (name, role): share * rows
+        for name, share in (("easy_vqa", 1), ("scenes", 3))
+        for role, rows in (("train", 10), ("validation", 2), ("test", 2))
     }
     scenes = next(part for part in report["parts"] if (part["name"], part["role"]) == ("scenes", "train"))
-    assert scenes["image_sizes"] == {"128x128": 20}
-    assert scenes["num_images"] == 5  # four questions a scene
+    assert set(scenes["image_sizes"]) <= {f"{width}x{height}" for width, height in IMAGE_SIZES}
+    assert scenes["num_images"] == 10 and sum(scenes["image_sizes"].values()) == 30  # three questions a scene
     inputs = [scenes["inputs"][f"tier={tier}"] for tier in ("low", "medium", "high")]
-    assert [numbers["counts"]["num_views"]["max"] for numbers in inputs] == [2, 5, 10]  # with the view of the whole
+    assert [numbers["counts"]["num_views"]["max"] for numbers in inputs] == [3, 9, 13]  # with the view of the whole
     for numbers in inputs:
         counts = numbers["counts"]
         assert counts["vision_tokens"]["min"] + counts["text_tokens"]["min"] == numbers["prompt_tokens"]["min"]
@@ -55,7 +56,7 @@ def test_the_recipe_as_shipped_with_fewer_samples(tmp_path, capsys, monkeypatch)
         assert title in shown
     assert "5 training samples" in shown and "No prompt is longer than the 1,022 tokens" in shown
     markdown = (tmp_path / "data_report.md").read_text(encoding="utf-8")
-    assert "| easy_vqa | train | 20 |" in markdown and "| easy_vqa | train | num_views | 2 | 5 | 10 |" in markdown
+    assert "| easy_vqa | train | 10 |" in markdown and "| easy_vqa | train | num_views | 2 | 5 | 10 |" in markdown
     assert "![Training samples](contact_sheet.png)" in markdown
 
 
@@ -89,10 +90,13 @@ def test_rows_of_ones_own_with_bad_and_too_long_ones(tmp_path, capsys, monkeypat
     rows[3]["image"] = Image.new("RGBA", (40, 30), (255, 0, 0, 0))  # what is hidden is red, what is seen is white
     folder = save(tmp_path, rows)
     output_dir = tmp_path / "report"
+    own = ["--dataset_names", folder, "--dataset_weights", 1]
     assert run(output_dir, "--dataset_names", folder) == 2
+    assert "give one weight for each (`--dataset_weights`" in capsys.readouterr().err
+    assert run(output_dir, *own) == 2
     assert "column 'answers': there are none" in capsys.readouterr().err
 
-    assert run(output_dir, "--dataset_names", folder, "--skip_bad_rows", "true") == 0
+    assert run(output_dir, *own, "--skip_bad_rows", "true") == 0
     report = report_of(output_dir)
     own = next(part for part in report["parts"] if (part["name"], part["role"]) == (str(folder), "train"))
     assert own["num_rows"] == 5 and own["answers"] == {"2": 5} and own["metrics"] == {"exact_count": 5}
@@ -124,10 +128,11 @@ def test_a_stream_is_read_from_its_beginning(tmp_path, capsys):
 def test_no_weights_are_loaded(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(embedded_executor_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    flags = ["--max_train_samples", 4, "--max_eval_samples", 4, "--max_test_samples", 4, "--dataset_names", "scenes"]
+    flags = ["--max_train_samples", 4, "--max_eval_samples", 4, "--max_test_samples", 4]
+    flags += ["--dataset_names", "scenes", "--dataset_weights", 1]
     assert run(tmp_path / "report", "--model_path", folder, "--knob_values", "tier=low,high", *flags) == 0
     tier = report_of(tmp_path / "report")["knob_space"]["knobs"][0]
-    assert (tier["values"], tier["meanings"]) == (["low", "high"], [[1, 3], [9, 9]])
+    assert (tier["values"], tier["meanings"]) == (["low", "high"], [[1, 3], [9, 12]])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ def test_no_weights_are_loaded(tmp_path):
         (["--model_path", "no/such/model"], "`model_path` 'no/such/model' does not exist"),
         (["--knob_values", "tier=huge"], "knob `tier` has unknown values ['huge']"),
         (["--test_split", "train[50%:]"], "`train_split` 'train' and `test_split` 'train[50%:]' share images"),
-        (["--dataset_names", "nowhere"], "nowhere"),
+        (["--dataset_names", "nowhere", "--dataset_weights", 1], "nowhere"),
     ],
 )
 def test_what_cannot_be_found_is_refused(tmp_path, flags, message, capsys):
@@ -155,7 +160,7 @@ def test_what_cannot_be_found_is_refused(tmp_path, flags, message, capsys):
 def test_a_metric_or_style_that_does_not_exist_is_refused(tmp_path, column, value, message, capsys):
     rows = own_rows(3)
     rows[0][column] = value
-    assert run(tmp_path / "report", "--dataset_names", save(tmp_path, rows)) == 2
+    assert run(tmp_path / "report", "--dataset_names", save(tmp_path, rows), "--dataset_weights", 1) == 2
     assert message in capsys.readouterr().err
 
 

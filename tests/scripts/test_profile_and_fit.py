@@ -1,5 +1,7 @@
 """`joint-controller profile` and `joint-controller fit-latency`, one after the other, on a tiny executor."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -51,23 +53,35 @@ def run_fit(profile_folder, output_dir, *flags):
     return run_script("fit-latency", fit_latency.make_parser, fit_latency.main, [str(flag) for flag in flags])
 
 
+@pytest.fixture(scope="module")
+def fitted(profile_folder, tmp_path_factory):
+    """The folder of an estimator of the profile, and what the command that fitted it has said."""
+    folder = tmp_path_factory.mktemp("fitted") / "latency"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run_fit(profile_folder, folder) == 0
+    return folder, said.getvalue()
+
+
 def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_folder):
     table = load_profile(profile_folder)
     executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
     assert len(executor.knob_space) == NUM_SETTINGS
     rows = set(zip(table["sample_id"], profile_settings(table), strict=True))
-    sample_ids = load_vqa_datasets(["scenes"], "train", 3)["sample_id"]
-    assert rows == {(sample_id, setting) for sample_id in sample_ids for setting in executor.knob_space}
+    samples = load_vqa_datasets(["scenes"], "train", 3)
+    size_of = {sample["sample_id"]: sample["image"].size for sample in samples}
+    assert rows == {(sample_id, setting) for sample_id in size_of for setting in executor.knob_space}
     assert len(table) == len(rows)
     for row in table:
-        # Square images: 1, 4 and 9 crops and the global view; image tokens as the processor counts them.
-        assert row["num_views"] == {"low": 2, "medium": 5, "high": 10}[row["tier"]]
-        assert row["vision_tokens"] == executor.processor.count_vision_tokens(128, 128, tier=row["tier"])
+        # Crops and the global view; image tokens as the processor counts them.
+        width, height = size_of[row["sample_id"]]
+        tiling = executor.processor.image_processor.choose_tiling(height, width, tier=row["tier"])
+        assert row["num_views"] == 1 + tiling[0] * tiling[1]
+        assert row["vision_tokens"] == executor.processor.count_vision_tokens(height, width, tier=row["tier"])
         assert row["output_tokens"] == 3 and row["num_repeats"] == 2 and row["image_processing_ms"] > 0
         assert row["executor_fingerprint"] == executor.fingerprint
         assert row["executor_dtype"] == "float32" and f"torch {torch.__version__}," in row["library_versions"]
         assert (row["device_type"], row["num_threads"]) == ("cpu", str(torch.get_num_threads()))
-        assert row["image_pixels"] == 128 * 128 and row["latency_scope"] == "request"
+        assert row["image_pixels"] == width * height and row["latency_scope"] == "request"
         assert row["executor_mode"] == executor.mode and row["driver_version"] == "none"
         assert len(row["decode_ms"]) == 2 and row["prefill_lengths"] is None
         assert row["controller_ms"] > 0 and row["overhead_ms"] > 0 and row["executor_type"] == "molmo"
@@ -81,17 +95,17 @@ def test_profile_has_a_row_for_every_setting_and_input(profile_folder, executor_
         assert row["decode_ms_per_token"] == pytest.approx(sum(row["decode_ms"]) / 2)
 
 
-def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_folder, tmp_path, capsys):
-    assert run_fit(profile_folder, tmp_path / "latency") == 0
-    assert "MAPE" in capsys.readouterr().out
-    model = LatencyEstimatorModel.from_pretrained(tmp_path / "latency")
+def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_folder, fitted):
+    folder, said = fitted
+    assert "MAPE" in said
+    model = LatencyEstimatorModel.from_pretrained(folder)
     executor = MolmoExecutor.from_pretrained(executor_folder, device="cpu")
     model.check_executor(executor)
     assert model.config.executor_fingerprint == executor.fingerprint
-    report = json.loads((tmp_path / "latency" / "fit_report.json").read_text())
+    report = json.loads((folder / "fit_report.json").read_text())
     assert report == model.config.held_out
     assert report["num_measurements"] == 3 * NUM_SETTINGS and report["num_held_out"] > 0
-    assert model.config.device_name in (tmp_path / "latency" / "README.md").read_text()
+    assert model.config.device_name in (folder / "README.md").read_text()
     # The machine may be busy: only the order of magnitude is certain.
     table = load_profile(profile_folder)
     counts = {name: table[name][:] for name in executor.count_names}
@@ -100,8 +114,7 @@ def test_fitted_estimator_predicts_what_was_measured(profile_folder, executor_fo
     assert measured.item() / 3 < predicted < measured.item() * 3
 
 
-def test_an_estimator_is_adapted_to_another_profile(profile_folder, tmp_path, capsys):
-    assert run_fit(profile_folder, tmp_path / "base") == 0
+def test_an_estimator_is_adapted_to_another_profile(profile_folder, fitted, tmp_path, capsys):
     slower = load_profile(profile_folder).map(
         lambda row: (
             {name: 3 * row[name] for name in ProfileSchema.of([row]).predicted_columns}
@@ -110,8 +123,7 @@ def test_an_estimator_is_adapted_to_another_profile(profile_folder, tmp_path, ca
         )
     )
     save_profile(slower, tmp_path / "slower")
-    capsys.readouterr()
-    flags = ["--base_estimator", tmp_path / "base", "--recalibration_sizes", 5, 9]
+    flags = ["--base_estimator", fitted[0], "--recalibration_sizes", 5, 9]
     assert run_fit(tmp_path / "slower", tmp_path / "adapted", *flags) == 0
     assert "Error after recalibration, by measurements used" in capsys.readouterr().out
     adapted = LatencyEstimatorModel.from_pretrained(tmp_path / "adapted")

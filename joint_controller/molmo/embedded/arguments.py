@@ -15,13 +15,18 @@ class TrainExecutorArguments:
 
     output_dir: str = HfArg(default="executor", help="Folder for the weights, the log and the results.")
     seed: int = HfArg(default=42, help="Seed of weights, scenes and order.")
+    initial_model: str | None = HfArg(
+        default=None,
+        help="Folder of an executor of the same architecture to start from; words are matched by its tokenizer. Default: random "
+        "weights.",
+    )
     # Architecture
     view_size: int = HfArg(default=32, help="Side of one square view (global view or crop), in pixels.")
     patch_size: int = HfArg(default=4, help="Side of a patch of the vision tower, in pixels.")
     overlap_margins: list[int] = HfArg(
         default_factory=lambda: [2, 0], help="Patches that a crop shares with its left and right neighbour."
     )
-    max_crops: int = HfArg(default=9, help="Most crops an image is cut into, the global view apart.")
+    max_crops: int = HfArg(default=12, help="Most crops an image is cut into, the global view apart.")
     vision_hidden_size: int = HfArg(default=128, help="Width of the vision tower.")
     vision_num_blocks: int = HfArg(default=6, help="Blocks of the vision tower.")
     vision_num_heads: int = HfArg(default=4, help="Attention heads of the vision tower.")
@@ -42,13 +47,18 @@ class TrainExecutorArguments:
         default_factory=lambda: [4, 5, 6, 8], help="Values of the knob `num_blocks` that the checkpoint offers."
     )
     # Data
-    scenes_per_step: int = HfArg(default=224, help="Scenes in a step.")
-    easy_vqa_images_per_step: int = HfArg(default=32, help="Images of easy-vqa in a step.")
+    images_per_step: int = HfArg(default=256, help="Images in a step; all are of one size.")
+    easy_vqa_share: float = HfArg(default=0.1, help="Share of the steps on easy-vqa; the others are on scenes.")
+    transfer_share: float = HfArg(
+        default=0.2, help="Share of the scenes' steps on images of the sizes that no controller is trained on."
+    )
     questions_per_image: int = HfArg(default=8, help="Most questions asked about an image in a step.")
     steps_per_new_scenes: int = HfArg(
-        default=3, help="Steps for each step's worth of newly drawn scenes; the rest come from the pool."
+        default=3, help="Steps for each step's worth of newly drawn scenes; the rest come from the pools."
     )
-    pool_size: int = HfArg(default=50_000, help="Latest scenes that a step's scenes are chosen from.")
+    pool_size: int = HfArg(
+        default=50_000, help="Latest scenes that steps' scenes are chosen from, of all sizes together."
+    )
     num_workers: int = HfArg(default=8, help="Processes that draw scenes; 0 draws in the main process.")
     largest_size_scale: float = HfArg(
         default=2.0, help="The first scenes are drawn up to this much larger than those of the test."

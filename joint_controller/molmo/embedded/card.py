@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ...data import SCENE_FAMILIES
+
 
 HEADER = """---
 license: apache-2.0
@@ -21,12 +23,12 @@ tags:
 A MolmoE of {millions:.1f} million parameters that answers one-word questions about small pictures: the default executor of
 `joint-controller`, so that the whole package runs on a laptop. It has the architecture, the checkpoint layout, the
 preprocessing and the prompt of `allenai/MolmoE-1B-0924` at a toy size, and the same three knobs: image tier, experts per
-token, blocks that run. It was trained from scratch at the full setting only, as published checkpoints are: no step saw
-fewer experts or blocks. Steps at all three tiers stand for images of all sizes.
+token, blocks that run. It was trained at the full setting only, as published checkpoints are: no step saw
+fewer experts or blocks. Steps at all three tiers stand for images of all resolutions.
 
 **Intended use**: trying out, testing and demonstrating controllers of `joint-controller`. **Limits**: it knows the words and
-pictures of its two data sets and nothing else; answers are one word; all its training images were square; it was not
-trained to refuse, so it answers any question with some word it knows.
+pictures of its data sets and nothing else; answers are one word; the shapes of its training images are those listed below;
+it was not trained to refuse, so it answers any question with some word it knows.
 
 ```python
 from joint_controller.executor import load_executor
@@ -36,9 +38,12 @@ executor = load_executor("embedded")
 
 ## Data
 
-- **scenes**: the generator in `joint_controller/data/scenes.py`: 2 to 6 small objects and often a sign on a varied
-  background, 128×128 pixels, eleven types of question. Training scenes have seeds of their own, which the splits `train`,
-  `validation` and `test` do not contain: a controller is trained on scenes that its executor never saw.
+- **scenes**: the generator in `joint_controller/data/scenes.py`: 2 to 6 objects and often a sign or two on a varied
+  background, {sizes} pixels, {num_types} types of question. Training scenes have seeds of their
+  own, which the splits `train`, `validation` and `test` do not contain: a controller is trained on scenes that its executor
+  never saw.
+- **scenes_transfer**: the same in {transfer_sizes} pixels, with {num_transfer_types} other types of question, for
+  what a controller makes of shapes and types that it was not trained on. The executor was trained on them too.
 - **easy_vqa**: the PyPI package `easy-vqa` (MIT licence): 64×64 pixels, one shape; its own test split. The executor was
   trained on the same training images that a controller is trained on.
 
@@ -53,17 +58,22 @@ TRAINING = """
 `joint-controller train-executor --config recipes/embedded_executor/train.yaml`, seed {seed}, on {hardware}: \
 {max_steps:,} steps in
 {minutes:.1f} minutes (compilation included), torch {versions[torch]}, transformers {versions[transformers]}. \
-A step has {scenes_per_step} scenes and {easy_vqa_images_per_step}
-images of easy-vqa, each with up to {questions_per_image} questions packed into one sequence. \
-Scenes are drawn up to {largest_size_scale:g} times as
+A step has {images_per_step} images
+of one size, in {easy_vqa_share:.0%} of the steps of easy-vqa, each with up to {questions_per_image} questions packed into one \
+sequence. Scenes are drawn up to {largest_size_scale:g} times as
 large at first and as large as those of the test after {curriculum_share:.0%} of the steps. \
 A GPU's sums depend on their order: another
 run with this seed ends with slightly other weights and numbers.
 
-Routers of a model this small come to send nearly all of a token's weight to one expert, so that `top_k` would cost and save
+{start}Routers of a model this small come to send nearly all of a token's weight to one expert, so that `top_k` would cost and save
 nothing. A loss therefore keeps the weights of the chosen experts worth {effective_experts:g} experts or more \
 (the exponential of their
 entropy).
+"""
+
+
+CONTINUED = """It started from the weights in `{initial_model}` (see the recipe).
+
 """
 
 
@@ -78,10 +88,22 @@ def build_executor_card(
         for name, types in results["questions"].items()
     )
     sections = [
-        HEADER.format(millions=results["num_parameters"] / 1e6, counts=counts),
+        HEADER.format(
+            millions=results["num_parameters"] / 1e6,
+            counts=counts,
+            sizes=_sizes("scenes"),
+            num_types=len(SCENE_FAMILIES["scenes"].question_types),
+            transfer_sizes=_sizes("scenes_transfer"),
+            num_transfer_types=len(SCENE_FAMILIES["scenes_transfer"].question_types),
+        ),
         "## Results at a glance\n",
         _overview(results),
-        TRAINING.format(**args, **results, minutes=results["training_seconds"] / 60),
+        TRAINING.format(
+            **args,
+            **results,
+            minutes=results["training_seconds"] / 60,
+            start="" if args["initial_model"] is None else CONTINUED.format(**args),
+        ),
         "Validation accuracy during training, the other knobs at full:\n",
         _learning_curve(log, results["questions"]),
         "\nAll arguments:\n",
@@ -93,6 +115,11 @@ def build_executor_card(
         *(_all_settings(results, name) for name in results["questions"]),
     ]
     return "\n".join(sections)
+
+
+def _sizes(family: str) -> str:
+    *others, last = [f"{width}×{height}" for width, height in SCENE_FAMILIES[family].image_sizes]
+    return f"{', '.join(others)} or {last}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,14 +2,15 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from datasets import Image as DatasetsImage
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...data import generate_scene, load_vqa_dataset, scene_seed
+from ...data import SCENE_FAMILIES, generate_scene, load_vqa_dataset, scene_seed
+from ...data.scenes import Scene
 from .packing import AskedImage, Packer
 
 
@@ -24,29 +25,58 @@ def easy_vqa_images(split: str) -> list[AskedImage]:
     return list(images.values())
 
 
-def scene(split: str, index: int, size_scale: float = 1.0) -> AskedImage:
-    """A scene of a split with one question of every type that it allows."""
-    drawn = generate_scene(scene_seed(split, index), size_scale)
+def scene(split: str, index: int, family: str = "scenes") -> AskedImage:
+    """A scene of a split of a family with one question of every type that it allows."""
+    sizes, types = SCENE_FAMILIES[family].image_sizes, SCENE_FAMILIES[family].question_types
+    return _asked(generate_scene(scene_seed(split, index), image_sizes=sizes, question_types=types))
+
+
+def _asked(drawn: Scene) -> AskedImage:
     return AskedImage(drawn.image, [(asked.question, asked.answer, asked.question_type) for asked in drawn.questions])
 
 
-class TrainingScenes(Dataset):
-    """The scenes of a whole training in their order, each drawn when it is asked for. The first are drawn 1 to
-    `largest_size_scale` times as large as those of the test; after `curriculum_share` of them all have the size of the
-    test's."""
+def scene_sizes(transfer_share: float) -> dict[tuple[int, int], float]:
+    """Sizes of the images of all families, with their shares where the images of `scenes_transfer` make up
+    `transfer_share`."""
+    shares = {"scenes": 1 - transfer_share, "scenes_transfer": transfer_share}
+    return {
+        size: share * of_family
+        for family, of_family in shares.items()
+        for size, share in SCENE_FAMILIES[family].image_sizes.items()
+    }
 
-    def __init__(self, packer: Packer, num_scenes: int, largest_size_scale: float, curriculum_share: float):
+
+class TrainingScenes(Dataset):
+    """The scenes of a whole training in their order, each drawn when it is asked for, with questions of all types. Those of
+    a batch have one size: first there is a batch of each size, then sizes are drawn by their shares. The first scenes are
+    drawn 1 to `largest_size_scale` times as large as those of the test; after `curriculum_share` of them all have the size
+    of the test's."""
+
+    def __init__(
+        self,
+        packer: Packer,
+        num_batches: int,
+        batch_size: int,
+        sizes: Mapping[tuple[int, int], float],
+        largest_size_scale: float,
+        curriculum_share: float,
+        seed: int,
+    ):
         self.packer = packer
-        self.num_scenes = num_scenes
+        self.batch_size = batch_size
         self.largest_size_scale = largest_size_scale
         self.curriculum_share = curriculum_share
+        drawn = random.Random(seed).choices(list(sizes), list(sizes.values()), k=num_batches - len(sizes))
+        self.sizes = [*sizes, *drawn]
 
     def __len__(self) -> int:
-        return self.num_scenes
+        return len(self.sizes) * self.batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        enlarged = max(0.0, 1 - index / (self.curriculum_share * self.num_scenes)) * (self.largest_size_scale - 1)
-        return self.packer.pack(scene("executor", index, 1 + random.Random(index).random() * enlarged))
+        enlarged = max(0.0, 1 - index / (self.curriculum_share * len(self))) * (self.largest_size_scale - 1)
+        size_scale = 1 + random.Random(index).random() * enlarged
+        size = self.sizes[index // self.batch_size]
+        return self.packer.pack(_asked(generate_scene(scene_seed("executor", index), size_scale, {size: 1.0})))
 
 
 class Pool:
@@ -75,10 +105,8 @@ class Pool:
 
 def load_splits(split: str, num_images: int) -> dict[str, list[AskedImage]]:
     """The first images of a split of each data set."""
-    return {
-        "scenes": [scene(split, index) for index in range(num_images)],
-        "easy_vqa": easy_vqa_images(split)[:num_images],
-    }
+    scenes = {family: [scene(split, index, family) for index in range(num_images)] for family in SCENE_FAMILIES}
+    return {**scenes, "easy_vqa": easy_vqa_images(split)[:num_images]}
 
 
 def describe_questions(asked_images: Sequence[AskedImage]) -> dict[str, dict[str, float]]:

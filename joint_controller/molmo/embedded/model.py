@@ -6,6 +6,7 @@ import torch
 from transformers import CLIPVisionConfig, GenerationConfig, OlmoeConfig
 
 from ...data import load_vqa_dataset, vocabulary
+from ...executor import EMBEDDED, embedded_executor_path
 from .. import MolmoConfig, MolmoForConditionalGeneration, MolmoImageProcessor, MolmoProcessor, build_word_tokenizer
 from ..knob_space import build_knob_space
 from .arguments import TrainExecutorArguments
@@ -26,6 +27,39 @@ def build_processor(args: TrainExecutorArguments) -> MolmoProcessor:
         max_crops=args.max_crops,
     )
     return MolmoProcessor(image_processor, tokenizer)
+
+
+def start_from(model: MolmoForConditionalGeneration, processor: MolmoProcessor, path: str | Path) -> None:
+    """
+    Copies the weights of an executor in a folder (or of the one that ships: `"embedded"`) into a model, in place. The tables
+    of words are copied word by word; a word that the other executor does not know keeps its random weights.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the other executor has another architecture.
+    """
+    path = embedded_executor_path() if str(path) == EMBEDDED else Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"`initial_model`: there is no folder '{path}'. Give that of an executor, or `{EMBEDDED}` for the one that ships."
+        )
+    other = MolmoForConditionalGeneration.from_pretrained(path, dtype=model.dtype).state_dict()
+    other_words = MolmoProcessor.from_pretrained(path).tokenizer.get_vocab()
+    rows = [(row, other_words[word]) for word, row in processor.tokenizer.get_vocab().items() if word in other_words]
+    for name, value in model.state_dict().items():
+        if name.endswith(("base_embedding", "lm_head.weight")):
+            known = [
+                (row, other_row) for row, other_row in rows if max(row - len(value), other_row - len(other[name])) < 0
+            ]
+            to, of = torch.tensor(known).T
+            value[to] = other[name][of]
+        elif other.get(name) is None or other[name].shape != value.shape:
+            raise ValueError(
+                f"the executor in '{path}' has no weights '{name}' of shape {tuple(value.shape)}: start from one "
+                "of the same architecture."
+            )
+        else:
+            value.copy_(other[name])
 
 
 def build_model(args: TrainExecutorArguments, processor: MolmoProcessor) -> MolmoForConditionalGeneration:

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from ...knobs import KnobSpace
 from .. import MolmoForConditionalGeneration, MolmoProcessor
-from .packing import AskedImage, Packer, TierLayout, cut_views, segment_logits
+from .packing import AskedImage, PackedLayout, Packer, segment_logits
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,38 @@ def measure_accuracy(
     batch_size: int,
 ) -> dict[Run, dict[str, float]]:
     """Share of the questions of each type that greedy decoding answers at each run: the answer and then the end of the
-    sequence are the likeliest tokens. Images are square and of one size, `batch_size` of them in a batch."""
+    sequence are the likeliest tokens. `batch_size` images are in a batch."""
     packer = Packer(processor, max(len(asked.questions) for asked in asked_images))
-    packed = default_collate([packer.pack(asked) for asked in asked_images])
+    by_size: dict[tuple[int, int], list[AskedImage]] = {}
+    for asked in asked_images:
+        by_size.setdefault(asked.image.size, []).append(asked)
     correct: dict[Run, list[bool]] = {run: [] for run in runs}
-    for tier in dict.fromkeys(run.tier for run in runs):
-        layout = TierLayout.of(packer, tier, model.device)
-        for start in range(0, len(asked_images), batch_size):
-            images, segments, labels = (
-                packed[name][start : start + batch_size].to(model.device) for name in ("images", "segments", "labels")
-            )
-            features = model.get_image_features(cut_views(images, layout.tiling, model.config))
-            for run in runs:
-                if run.tier == tier:
-                    logits = segment_logits(
-                        model,
-                        layout,
-                        segments,
-                        image_features=features,
-                        active_blocks=run.active_blocks,
-                        top_k=run.top_k,
-                    )
-                    right = ((logits.argmax(-1) == labels) | (labels == -100)).all(-1)
-                    correct[run] += right[(labels != -100).any(-1)].tolist()
-    types = [question_type for asked in asked_images for _, _, question_type in asked.questions]
+    for size, of_size in by_size.items():
+        packed = default_collate([packer.pack(asked) for asked in of_size])
+        for tier in dict.fromkeys(run.tier for run in runs):
+            layout = PackedLayout.of(packer, size, tier, model.device)
+            for start in range(0, len(of_size), batch_size):
+                images, segments, labels = (
+                    packed[name][start : start + batch_size].to(model.device)
+                    for name in ("images", "segments", "labels")
+                )
+                masks = layout.image_masks.expand(len(images), -1, -1)
+                features = model.get_image_features(layout.cut(images), masks)
+                for run in runs:
+                    if run.tier == tier:
+                        logits = segment_logits(
+                            model,
+                            layout,
+                            segments,
+                            image_features=features,
+                            active_blocks=run.active_blocks,
+                            top_k=run.top_k,
+                        )
+                        right = ((logits.argmax(-1) == labels) | (labels == -100)).all(-1)
+                        correct[run] += right[(labels != -100).any(-1)].tolist()
+    types = [
+        question_type for of_size in by_size.values() for asked in of_size for _, _, question_type in asked.questions
+    ]
     return {
         run: {
             question_type: fmean(ok for ok, of in zip(answers, types, strict=True) if of == question_type)

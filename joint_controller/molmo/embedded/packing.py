@@ -3,7 +3,7 @@ Several questions about one image in one sequence, as in Molmo's own training: B
 questions with their answers, each of which attends to the image and itself only. Positions restart behind the image, so
 that every question sees exactly what it would see alone, and the image is encoded once for all of them.
 
-Images are square here, so that all sequences of a tier have one shape and one mask.
+Images of one size have sequences of one shape and one mask at a tier: a batch holds images of one size.
 """
 
 import os
@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..configuration_molmo import MolmoConfig
 from ..modeling_molmo import MolmoForConditionalGeneration
 from ..processing_molmo import MolmoProcessor
+from ..view_cutting import ViewGeometry, cut_batch, view_masks
 
 
 @dataclass
@@ -74,29 +72,36 @@ class Packer:
 
 
 @dataclass
-class TierLayout:
+class PackedLayout:
     """
-    All that packed sequences of square images have in common at a tier: L tokens, P of them the shared prefix.
+    All that packed sequences of images of one size have in common at a tier: L tokens, P of them the shared prefix.
 
     Args:
+        geometry ([`ViewGeometry`]): How images are cut into views.
         tiling (`tuple[int, int]`): Rows and columns of crops.
+        image_masks (`torch.Tensor` of shape `(1, V, patches)`): Share of each patch that is not padding.
         prefix_ids (`torch.Tensor` of shape `(1, P)`): Tokens of the prefix.
         image_input_idx (`torch.Tensor` of shape `(1, V, T)`): Position of each pooled patch.
         position_ids (`torch.Tensor` of shape `(1, L)`): Positions, which restart with each question.
         attention_mask (`torch.Tensor` of shape `(1, 1, L, L)`): True where a token attends to another.
     """
 
+    geometry: ViewGeometry
     tiling: tuple[int, int]
+    image_masks: torch.Tensor
     prefix_ids: torch.Tensor
     image_input_idx: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
 
     @classmethod
-    def of(cls, packer: Packer, tier: str, device: torch.device) -> "TierLayout":
-        """The layout of a tier, read off the processor's output for an empty question about a square image."""
-        side = packer.processor.image_processor.base_image_input_size[0]
-        inputs = packer.processor(Image.new("RGB", (side, side)), "", tier=tier)
+    def of(cls, packer: Packer, image_size: tuple[int, int], tier: str, device: torch.device) -> "PackedLayout":
+        """The layout of images of a width and height at a tier, read off the processor's output for an empty question."""
+        width, height = image_size
+        image_processor = packer.processor.image_processor
+        geometry = image_processor.view_geometry
+        tiling = image_processor.choose_tiling(height, width, tier=tier)
+        inputs = packer.processor(Image.new("RGB", image_size), "", tier=tier)
         prefix = inputs["input_ids"][:, : -packer.unshared]
         length = prefix.shape[1]
         segment = torch.arange(packer.num_questions).repeat_interleave(packer.segment_length)
@@ -105,36 +110,23 @@ class TierLayout:
         visible = (order[:, None] >= order) & ((owner == -1) | (owner[:, None] == owner))
         positions = torch.where(owner == -1, order, length + (order - length) % packer.segment_length)
         return cls(
-            tiling=packer.processor.image_processor.choose_tiling(side, side, tier=tier),
+            geometry=geometry,
+            tiling=tiling,
+            image_masks=view_masks(geometry, (height, width), tiling)[None].to(device),
             prefix_ids=prefix.to(device),
             image_input_idx=inputs["image_input_idx"].to(device),
             position_ids=positions[None].to(device),
             attention_mask=visible[None, None].to(device),
         )
 
-
-def cut_views(images: torch.Tensor, tiling: tuple[int, int], config: MolmoConfig) -> torch.Tensor:
-    """What [`MolmoImageProcessor`] does to square images, for a batch on the training device: pixels
-    `(B, 3, side, side)`, 0–255, to `(B, V, P, 3·patch²)`. The tiling has as many rows as columns."""
-    view, patch = config.vision_config.image_size, config.vision_config.patch_size
-    margin = sum(config.overlap_margins) * patch
-    mean, std = (
-        torch.tensor(value, device=images.device).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    )
-
-    def resize(side: int) -> torch.Tensor:
-        resized = F.interpolate(images.float() / 255, (side, side), mode="bilinear", antialias=True)
-        return (resized.clamp(0, 1) - mean) / std
-
-    canvas = resize(tiling[0] * (view - margin) + margin)
-    crops = canvas.unfold(2, view, view - margin).unfold(3, view, view - margin)  # (B, 3, rows, columns, view, view)
-    views = torch.cat([resize(view)[:, None], crops.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)], dim=1)
-    patches = views.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # (B, V, 3, grid, patch, grid, patch)
-    return patches.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(2, 3)
+    def cut(self, images: torch.Tensor) -> torch.Tensor:
+        """What [`MolmoImageProcessor`] makes of images `(B, 3, height, width)`, on their device: `(B, V, patches,
+        3 · patch²)`."""
+        return cut_batch(images, self.geometry, self.tiling)
 
 
 def segment_logits(
-    model: MolmoForConditionalGeneration, layout: TierLayout, segments: torch.Tensor, **inputs: Any
+    model: MolmoForConditionalGeneration, layout: PackedLayout, segments: torch.Tensor, **inputs: Any
 ) -> torch.Tensor:
     """Logits of the questions' tokens, `(B, questions, segment length, vocabulary)`, of segments
     `(B, questions, segment length)`. `inputs` are `pixel_values` or `image_features`, and knobs, for the model."""
@@ -142,6 +134,7 @@ def segment_logits(
     logits = model(
         input_ids=torch.cat([layout.prefix_ids.expand(batch_size, -1), segments.flatten(1)], dim=1),
         image_input_idx=layout.image_input_idx.expand(batch_size, -1, -1),
+        image_masks=layout.image_masks.expand(batch_size, -1, -1),
         position_ids=layout.position_ids,
         attention_mask=layout.attention_mask,
         logits_to_keep=segments[0].numel(),

@@ -23,7 +23,7 @@ from .arguments import TrainExecutorArguments
 from .card import build_executor_card
 from .data import describe_questions, load_splits
 from .experts import use_dense_experts
-from .model import build_model, build_processor
+from .model import build_model, build_processor, start_from
 from .packed_accuracy import measure_settings, score_blocks
 from .training import train
 
@@ -44,7 +44,10 @@ def main(args: TrainExecutorArguments) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     processor = build_processor(args)
-    model = build_model(args, processor).to(device)
+    model = build_model(args, processor)
+    if args.initial_model is not None:
+        start_from(model, processor, args.initial_model)
+    model.to(device)
     use_dense_experts(model)
     started = time.monotonic()
     train(args, model, processor, load_splits("validation", args.eval_images))

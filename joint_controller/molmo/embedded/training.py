@@ -5,7 +5,8 @@ Every image is asked several questions at once, packed into one sequence (see `p
 covers the answer and the end-of-sequence token.
 
 Scenes are drawn while the model trains, by worker processes, and none is kept for long: small shapes and digits are not
-learnt from a fixed set of images. Early scenes are drawn larger than later ones.
+learnt from a fixed set of images. Early scenes are drawn larger than later ones. The images of a step have one size, and a
+step runs at one tier: its tensors have one of few shapes, for each of which it is recorded once.
 """
 
 import json
@@ -24,18 +25,18 @@ from transformers import get_cosine_schedule_with_warmup
 from .. import MolmoForConditionalGeneration, MolmoProcessor
 from ..knob_space import TIERS
 from .arguments import TrainExecutorArguments
-from .data import Pool, TrainingScenes, easy_vqa_images
+from .data import Pool, TrainingScenes, easy_vqa_images, scene_sizes
 from .model import save_executor
 from .packed_accuracy import measure_knobs
-from .packing import AskedImage, Packer, TierLayout, cut_views, segment_logits
+from .packing import AskedImage, PackedLayout, Packer, segment_logits
 
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(pixel_values, segments, labels) → (loss, routing loss), of shape `(2,)`; adds to the parameters' gradients."""
 
 
-def make_step(args: TrainExecutorArguments, model: MolmoForConditionalGeneration, layout: TierLayout) -> Step:
-    """Forward and backward pass at a tier."""
+def make_step(args: TrainExecutorArguments, model: MolmoForConditionalGeneration, layout: PackedLayout) -> Step:
+    """Forward and backward pass on images of one size at a tier."""
     blocks = model.model.language_model.layers
 
     def step(pixel_values: torch.Tensor, segments: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -52,8 +53,9 @@ def make_step(args: TrainExecutorArguments, model: MolmoForConditionalGeneration
     return step
 
 
-def capture_step(step: Step, inputs: Sequence[torch.Tensor]) -> Step:
-    """Records a step as one CUDA graph: its many small kernels take the host longer to launch than the GPU to run."""
+def capture_step(step: Step, inputs: Sequence[torch.Tensor], memory_pool: tuple[int, int]) -> Step:
+    """Records a step as one CUDA graph: its many small kernels take the host longer to launch than the GPU to run. Steps
+    never run at the same time, so all may use the same memory."""
     inputs = [tensor.clone() for tensor in inputs]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -62,7 +64,7 @@ def capture_step(step: Step, inputs: Sequence[torch.Tensor]) -> Step:
             step(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory_pool):
         losses = step(*inputs)
 
     def replay(*new_inputs: torch.Tensor) -> torch.Tensor:
@@ -87,34 +89,51 @@ def train(
     rng = random.Random(args.seed)
     packer = Packer(processor, args.questions_per_image)
 
+    sizes = scene_sizes(args.transfer_share)
+    # Images of each size, and the share of steps on them. Those of easy-vqa are of one size too.
+    shares = {size: (1 - args.easy_vqa_share) * share for size, share in sizes.items()}
+    pools = {size: Pool(max(args.images_per_step, round(args.pool_size * sizes[size])), device) for size in sizes}
     easy_vqa = easy_vqa_images("train")
-    easy_vqa_pool = Pool(3 * len(easy_vqa), device)
+    [easy_vqa_size] = {asked.image.size for asked in easy_vqa}
+    shares[easy_vqa_size] = args.easy_vqa_share
+    pools[easy_vqa_size] = Pool(3 * len(easy_vqa), device)
     for _ in range(3):  # an image has more questions than are asked at once
         for asked in easy_vqa:
             rng.shuffle(asked.questions)
-        easy_vqa_pool.add(default_collate([packer.pack(asked) for asked in easy_vqa]))
-    scene_pool = Pool(args.pool_size, device)
-    num_new = -(-args.max_steps // args.steps_per_new_scenes)
-    scenes = TrainingScenes(packer, num_new * args.scenes_per_step, args.largest_size_scale, args.curriculum_share)
-    new_scenes = iter(DataLoader(scenes, args.scenes_per_step, num_workers=args.num_workers))
+        pools[easy_vqa_size].add(default_collate([packer.pack(asked) for asked in easy_vqa]))
+    scenes = TrainingScenes(
+        packer,
+        len(sizes) + -(-args.max_steps // args.steps_per_new_scenes),
+        args.images_per_step,
+        sizes,
+        args.largest_size_scale,
+        args.curriculum_share,
+        args.seed,
+    )
+    new_scenes = zip(
+        scenes.sizes, DataLoader(scenes, args.images_per_step, num_workers=args.num_workers), strict=False
+    )
 
-    def draw(tier: str) -> list[torch.Tensor]:
-        batches = [scene_pool.sample(args.scenes_per_step), easy_vqa_pool.sample(args.easy_vqa_images_per_step)]
-        views = [cut_views(batch["images"], layouts[tier].tiling, model.config) for batch in batches]
-        return [
-            torch.cat(tensors) for tensors in (views, *([b[name] for b in batches] for name in ("segments", "labels")))
-        ]
+    def add_scenes() -> None:
+        size, packed = next(new_scenes)
+        pools[size].add(packed)
 
-    layouts = {tier: TierLayout.of(packer, tier, device) for tier in TIERS}
-    steps = {tier: make_step(args, model, layout) for tier, layout in layouts.items()}
+    def draw(size: tuple[int, int], tier: str) -> list[torch.Tensor]:
+        batch = pools[size].sample(args.images_per_step)
+        return [layouts[size, tier].cut(batch["images"]), batch["segments"], batch["labels"]]
+
+    layouts = {(size, tier): PackedLayout.of(packer, size, tier, device) for size in pools for tier in TIERS}
+    steps = {key: make_step(args, model, layout) for key, layout in layouts.items()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # a recorded step adds to these very tensors
-    scene_pool.add(next(new_scenes))
+    for _ in sizes:
+        add_scenes()
     if args.compile:
-        torch._dynamo.config.recompile_limit = 16  # a module is compiled once for each tier
         for module in [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers]:
-            module.compile(dynamic=False)
-        steps = {tier: capture_step(step, draw(tier)) for tier, step in steps.items()}
+            module.compile(dynamic=True)  # once for all shapes: to compile for each would take longer than it saves
+        memory_pool = torch.cuda.graph_pool_handle()
+        progress = tqdm(steps.items(), desc="recording", disable=None)
+        steps = {key: capture_step(step, draw(*key), memory_pool) for key, step in progress}
 
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -131,10 +150,11 @@ def train(
     progress = tqdm(range(1, args.max_steps + 1), desc="training", disable=None)
     for step in progress:
         if step > 1 and (step - 1) % args.steps_per_new_scenes == 0:
-            scene_pool.add(next(new_scenes))
-        tier = rng.choices(TIERS, args.tier_shares)[0]
+            add_scenes()
+        [size] = rng.choices(list(shares), list(shares.values()))
+        [tier] = rng.choices(TIERS, args.tier_shares)
         optimizer.zero_grad(set_to_none=False)
-        losses.append(steps[tier](*draw(tier)))
+        losses.append(steps[size, tier](*draw(size, tier)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         schedule.step()

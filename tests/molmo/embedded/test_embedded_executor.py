@@ -60,7 +60,7 @@ def test_every_knob_costs_accuracy_and_costs_question_types_differently(results)
 
 def test_results_cover_the_knob_space_and_come_from_the_recipe(results, executor, monkeypatch, request):
     settings = [KnobSetting({name: row[name] for name in executor.knob_space.names}) for row in results["settings"]]
-    assert settings == 2 * list(executor.knob_space)
+    assert settings == 3 * list(executor.knob_space)
     monkeypatch.chdir(request.config.rootpath)
     [recipe] = make_parser().parse_args_and_config(["--config", "recipes/embedded_executor/train.yaml"])
     assert vars(recipe) == results["arguments"]

@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from joint_controller.data import generate_scene, scene_seed
 from joint_controller.executor import ExecutorRequest
+from joint_controller.molmo import MolmoForConditionalGeneration, MolmoProcessor, build_word_tokenizer
+from joint_controller.molmo.embedded.model import build_model, build_processor, start_from
 from joint_controller.molmo.embedded.train_executor import main, make_parser
 from joint_controller.molmo.executor import MolmoExecutor
 from joint_controller.molmo.knob_space import build_knob_space
@@ -27,8 +30,7 @@ TINY = {
     "projector_size": 16,
     "knob_top_k": "1 2",
     "knob_num_blocks": "1 2",
-    "scenes_per_step": 4,
-    "easy_vqa_images_per_step": 2,
+    "images_per_step": 4,
     "pool_size": 8,
     "num_workers": 0,
     "max_steps": 12,
@@ -39,15 +41,16 @@ TINY = {
     "eval_steps": 12,
     "eval_images": 3,
     "test_images": 3,
-    # The rest is as in the recipe.
+    # The rest is as in the recipe, but for what it starts from.
     "bf16": "false",
     "compile": "false",
 }
 
 
-def parse(**overrides):
+def parse(initial_model=None, **overrides):
     flags = [part for name, value in (TINY | overrides).items() for part in (f"--{name}", *str(value).split())]
-    return make_parser().parse_args_and_config(["--config", "recipes/embedded_executor/train.yaml", *flags])
+    [args] = make_parser().parse_args_and_config(["--config", "recipes/embedded_executor/train.yaml", *flags])
+    return [replace(args, initial_model=initial_model)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_the_recipe_trains_and_the_loss_falls(trained):
 
 def test_the_folder_is_a_complete_executor(trained):
     executor = MolmoExecutor.from_pretrained(trained)
-    crops = {"low": (1, 3), "medium": (4, 8), "high": (9, 9)}
+    crops = {"low": (1, 3), "medium": (4, 8), "high": (9, 12)}
     assert executor.knob_space == build_knob_space(crops, top_k=(1, 2), num_blocks=(1, 2))
     scene = generate_scene(scene_seed("test", 0))
     request = ExecutorRequest("0", scene.image, scene.questions[0].question, "vqa2", executor.knob_space.cheapest)
@@ -76,12 +79,44 @@ def test_the_folder_is_a_complete_executor(trained):
 
 def test_results_and_card_cover_every_setting_and_question_type(trained):
     results = json.loads((trained / "results.json").read_text())
-    assert len(results["settings"]) == 2 * 3 * 2 * 2  # data sets, tiers, top_k, num_blocks
+    assert len(results["settings"]) == 3 * 3 * 2 * 2  # data sets, tiers, top_k, num_blocks
     for row in results["settings"]:
         assert set(row["accuracy_by_type"]) == set(results["questions"][row["dataset"]])
     card = (trained / "README.md").read_text()
     for types in results["questions"].values():
         assert all(f"| {question_type} |" in card for question_type in types)
+
+
+def test_a_training_starts_from_the_weights_of_another_word_by_word(trained):
+    [args] = parse()
+    processor = build_processor(args)
+    names = [name for name in processor.tokenizer.get_vocab() if name.isalpha()]
+    swapped = build_word_tokenizer(sorted({*names, "?", "zebra"}, reverse=True))
+    processor = MolmoProcessor(processor.image_processor, swapped)
+    model = build_model(args, processor)
+    before = model.state_dict()["lm_head.weight"].clone()
+    start_from(model, processor, trained)
+    other = MolmoForConditionalGeneration.from_pretrained(trained)
+    other_words = MolmoProcessor.from_pretrained(trained).tokenizer.get_vocab()
+    weights, other_weights = model.state_dict(), other.state_dict()
+    for name, value in weights.items():
+        if value.shape == other_weights[name].shape:
+            torch.testing.assert_close(value, other_weights[name].to(value.dtype), atol=0, rtol=0)
+    words = swapped.get_vocab()
+    for table in ("lm_head.weight", "model.language_model.embed_tokens.base_embedding"):
+        for word in ("red", "smallest", "?"):
+            expected = other_weights[table][other_words[word]].to(weights[table].dtype)
+            torch.testing.assert_close(weights[table][words[word]], expected, atol=0, rtol=0)
+    assert torch.equal(weights["lm_head.weight"][words["zebra"]], before[words["zebra"]])  # not known there
+
+
+def test_weights_of_nowhere_or_of_another_architecture_are_no_start(trained):
+    [args] = parse()
+    processor = build_processor(args)
+    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
+        start_from(build_model(args, processor), processor, "nowhere")
+    with pytest.raises(ValueError, match="has no weights .* start from one of the same architecture"):
+        start_from(build_model(replace(args, hidden_size=32), processor), processor, trained)
 
 
 def test_a_finished_training_is_not_overwritten(trained, monkeypatch, request):
