@@ -105,7 +105,7 @@ class TrainArguments(ExecutorArguments, DataArguments):
     known_outcomes: list[str] | None = HfArg(
         default=None,
         help="Further folders of executor outcomes that are looked up but not written to, or names of those that ship: "
-        "`embedded`, all settings of the first training samples of recipes/easy_vqa/train.yaml.",
+        "`embedded`, the training samples of recipes/easy_vqa/train.yaml at all settings. Those of another executor are not used.",
     )
     objective: str | None = HfArg(
         default=None,

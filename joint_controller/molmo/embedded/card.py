@@ -83,10 +83,11 @@ def build_executor_card(
     """The model card of a trained executor, Markdown with the metadata block of the Hub: from the content of
     `results.json`, the lines of `log.jsonl`, and the score of each block."""
     args = results["arguments"]
-    counts = " and ".join(
+    *others, last = [
         f"{sum(questions['count'] for questions in types.values()):,} questions of {name}"
         for name, types in results["questions"].items()
-    )
+    ]
+    counts = f"{', '.join(others)} and {last}"
     sections = [
         HEADER.format(
             millions=results["num_parameters"] / 1e6,

@@ -9,8 +9,7 @@ from datasets import Image as DatasetsImage
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ...data import SCENE_FAMILIES, generate_scene, load_vqa_dataset, scene_seed
-from ...data.scenes import Scene
+from ...data import SCENE_FAMILIES, Scene, generate_scene, load_vqa_dataset, scene_seed
 from .packing import AskedImage, Packer
 
 

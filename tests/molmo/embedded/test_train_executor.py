@@ -7,6 +7,7 @@ import torch
 from joint_controller.data import generate_scene, scene_seed
 from joint_controller.executor import ExecutorRequest
 from joint_controller.molmo import MolmoForConditionalGeneration, MolmoProcessor, build_word_tokenizer
+from joint_controller.molmo.embedded.data import TrainingScenes, scene_sizes
 from joint_controller.molmo.embedded.model import build_model, build_processor, start_from
 from joint_controller.molmo.embedded.train_executor import main, make_parser
 from joint_controller.molmo.executor import MolmoExecutor
@@ -117,6 +118,28 @@ def test_weights_of_nowhere_or_of_another_architecture_are_no_start(trained):
         start_from(build_model(args, processor), processor, "nowhere")
     with pytest.raises(ValueError, match="has no weights .* start from one of the same architecture"):
         start_from(build_model(replace(args, hidden_size=32), processor), processor, trained)
+
+
+def test_each_batch_of_scenes_has_one_size_and_the_first_are_drawn_larger():
+    sizes = scene_sizes(transfer_share=0.25)
+    assert sum(sizes.values()) == pytest.approx(1) and sizes[384, 128] + sizes[128, 384] == pytest.approx(0.25)
+    scenes = TrainingScenes(AsDrawn(), 400, 2, sizes, largest_size_scale=2.0, curriculum_share=0.5, seed=1)
+    assert scenes.sizes[: len(sizes)] == list(sizes)  # each once, then by their shares
+    assert 0.15 < sum(max(size) == 384 for size in scenes.sizes) / 400 < 0.35
+    assert [scenes[row].size for row in range(20)] == [size for size in scenes.sizes[:10] for _ in range(2)]
+    # Twice as large at most at first, and as those of the test after half of them.
+    row = next(row for row in range(600, len(scenes)) if scenes.sizes[row // 2] == (128, 128))
+    plain = generate_scene(scene_seed("executor", row), image_sizes={(128, 128): 1.0}).image
+    assert scenes[row].tobytes() == plain.tobytes()
+    plain = generate_scene(scene_seed("executor", 1), image_sizes={scenes.sizes[0]: 1.0}).image
+    assert scenes[1].tobytes() != plain.tobytes()
+
+
+class AsDrawn:
+    """In place of a packer: the image alone."""
+
+    def pack(self, asked):
+        return asked.image
 
 
 def test_a_finished_training_is_not_overwritten(trained, monkeypatch, request):
